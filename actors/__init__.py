@@ -1,0 +1,1 @@
+"""The Ray actors: lifecycle only, thin over `numoe.engine`."""

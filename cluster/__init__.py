@@ -1,0 +1,1 @@
+"""Where things run: topology, the placement plan, the supervisor."""

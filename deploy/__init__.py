@@ -1,0 +1,1 @@
+"""The `numoe` command and what ships to clusters."""

@@ -1,0 +1,140 @@
+"""What passes between the gateway and the attention worker: requests in, events out.
+
+Everything here is an immutable value that pickles cheaply. The gateway owns text (tokenizing, stop
+strings, streaming); the worker knows only token ids.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How the next token is chosen. Defaults are greedy and penalty-free.
+
+    temperature:        0 is greedy; otherwise logits are divided by it.
+    top_k:              keep the k likeliest tokens; 0 keeps all.
+    top_p, min_p:       nucleus, and a floor relative to the likeliest token; 1 and 0 keep all.
+    repetition_penalty: Keskar et al. 2019 (CTRL): positive logits of seen tokens divided by it,
+                        negative ones multiplied; 1 is off.
+    presence_penalty, frequency_penalty: subtracted once, and per occurrence, from the logits of
+                        tokens generated or prompted within `penalty_window`; 0 is off.
+    penalty_window:     tokens looked back on; 0 is off, -1 the whole sequence.
+    logit_bias:         (token id, value added to its logit) pairs; -inf bans a token.
+    seed:               equal seeds give equal choices for equal logits, whatever else runs.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_window: int = 64
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One prompt to continue.
+
+    token_ids:   the prompt, at least one token.
+    max_tokens:  tokens to generate at most, at least one.
+    stop_ids:    ids that end the generation (end-of-generation tokens included unless ignored).
+    logprobs:    None, or how many of the likeliest tokens to report beside each chosen one.
+    deadline:    `time.time()` after which the request is given up, or None.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingParams = SamplingParams()
+    stop_ids: frozenset[int] = frozenset()
+    logprobs: int | None = None
+    deadline: float | None = None
+
+
+class Timings(msgspec.Struct, frozen=True, kw_only=True):
+    """Milliseconds a request spent: waiting for a slot, in its prompt, generating."""
+
+    queued_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """A token and the natural logarithm of its probability before sampling filters."""
+
+    token_id: int
+    logprob: float
+
+
+class Started(msgspec.Struct, frozen=True, tag=True):
+    """The request has a slot; `cached_tokens` of its prompt need no prefill."""
+
+    request_id: str
+    prompt_tokens: int
+    cached_tokens: int
+
+
+class PrefillProgress(msgspec.Struct, frozen=True, tag=True):
+    """`done_tokens` of `prompt_tokens` are in the KV cache."""
+
+    request_id: str
+    done_tokens: int
+    prompt_tokens: int
+
+
+class TokenGenerated(msgspec.Struct, frozen=True, tag=True):
+    """One more token; with its logprob and the likeliest alternatives if asked for."""
+
+    request_id: str
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class Finished(msgspec.Struct, frozen=True, tag=True):
+    """The last event of a request. With reason "error", `error` says what happened.
+
+    A stop token ends the stream with reason "stop" and is itself not sent as a TokenGenerated.
+    """
+
+    request_id: str
+    reason: FinishReason
+    completion_tokens: int
+    timings: Timings
+    error: str = ""
+
+
+Event = Started | PrefillProgress | TokenGenerated | Finished
+
+
+class SlotStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One slot as `numoe status` shows it; state is "idle", "prefill" or "decode"."""
+
+    slot: int
+    state: str
+    request_id: str = ""
+    tokens: int = 0
+
+
+class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What the attention worker is doing.
+
+    kv_pages_used, kv_pages_total: pages of the KV cache. step_ms: the last step's milliseconds by
+    part ("attention", "experts", "wait", "sampling", "total").
+    """
+
+    slots: tuple[SlotStatus, ...]
+    queued: int
+    queue_limit: int
+    kv_pages_used: int
+    kv_pages_total: int
+    steps: int
+    step_ms: dict[str, float]
