@@ -60,6 +60,7 @@ class _VecModel(models.PrimitiveModel):
 i8x64, i32x16, f32x16 = Vec("i8", 64), Vec("i32", 16), Vec("f32", 16)
 addr = types.intp
 _SCALARS = {types.intp: _I64, types.int32: _I32, types.uint32: _I32, types.float32: ir.FloatType()}
+_SCALARS[types.float64] = ir.DoubleType()
 
 
 def operation(result: types.Type, *arguments: types.Type) -> Callable[[Callable[..., Value]], Any]:
@@ -250,6 +251,7 @@ def _scalar_load(result: types.Type, doc: str) -> Any:
 load_scalar_i32 = _scalar_load(types.int32, "One int32.")
 load_scalar_i64 = _scalar_load(types.intp, "One int64.")
 load_scalar_f32 = _scalar_load(types.float32, "One float32.")
+load_scalar_f64 = _scalar_load(types.float64, "One float64.")
 
 
 @operation(types.void, addr, types.float32)
@@ -524,6 +526,12 @@ def sum_f32(b: Builder, x: Value) -> Value:
     while lanes > 1:
         lanes //= 2
         x = b.fadd(_shuffle(b, x, range(lanes)), _shuffle(b, x, range(lanes, 2 * lanes)))
+    return b.extract_element(x, ir.Constant(_I32, 0))
+
+
+@operation(types.float32, f32x16)
+def first_f32(b: Builder, x: Value) -> Value:
+    """Lane 0."""
     return b.extract_element(x, ir.Constant(_I32, 0))
 
 

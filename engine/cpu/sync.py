@@ -84,6 +84,13 @@ def call_product(
     b.call(b.inttoptr(f, kind.as_pointer()), [w, blocks, phase, rows, n, out, stride])
 
 
+@operation(types.void, addr, addr, addr, addr, addr, addr)
+def call_unpack(b: Builder, f: Value, w: Value, blocks: Value, phase: Value, row: Value, out: Value) -> None:
+    """Call the unpack kernel at address `f`: see `products.py`."""
+    kind = ir.FunctionType(ir.VoidType(), [_I64] * 5)
+    b.call(b.inttoptr(f, kind.as_pointer()), [w, blocks, phase, row, out])
+
+
 @operation(types.intp, addr)
 def read_pair_as_ns(b: Builder, p: Value) -> Value:
     """The timespec at `p` in nanoseconds."""

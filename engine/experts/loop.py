@@ -1,0 +1,220 @@
+"""A shard's side of the mailbox: the loop its threads run, without Python and without allocation.
+
+Every thread waits for a request, then
+
+1. groups the request's (row, choice) pairs by expert, each thread for itself;
+2. takes units of 32 intermediate columns of one expert, for all rows routed to it: gate, up, SwiGLU,
+   rounding to what the down product reads;
+   -- barrier --
+3. takes units of a few output columns, and adds up over the experts, lowest id first:
+   weight * down(h);
+   -- the last thread to finish answers --
+
+A row's sums do not depend on which rows share the request, nor on the number of threads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from numoe.engine.cpu import simd as v
+from numoe.engine.cpu.memory import field, inline, set_field
+from numoe.engine.cpu.rows import quantize_block, silu_mul
+from numoe.engine.cpu.sync import (
+    atomic_add,
+    atomic_load,
+    atomic_store,
+    await_counter,
+    barrier,
+    call_product,
+    now_ns,
+    publish,
+)
+from numoe.engine.cpu.tile import META_BYTES
+from numoe.engine.experts.mailbox import (
+    BUSY_NS,
+    HEARTBEAT,
+    REPLY_SLEEPERS,
+    REQUEST_LAYER,
+    REQUEST_ROWS,
+    REQUEST_SEQUENCE,
+    REQUEST_SLEEPERS,
+    STOP,
+)
+
+# Fields of the shard record.
+(
+    MAILBOX, REPLY, IDS, WEIGHTS, Q8_ROWS, Q8_STRIDE, F32_ROWS, F32_STRIDE, PARTIALS,
+    HIDDEN, TOP_K, EXPERTS, BLOCKS, THREADS, SPINS, BARRIER, COUNTERS, LAYERS,
+    H_Q8, H_Q8_STRIDE, H_F32, H_F32_STRIDE, H_Q8_POINTERS, H_F32_POINTERS, SCRATCH, SCRATCH_BYTES,
+    PAIRS_OFFSET, POINTERS_OFFSET, TILE_OFFSET, MAX_ROWS,
+) = range(30)  # fmt: skip
+SHARD_FIELDS = 30
+
+# Fields of a layer's record. A matrix is a product kernel, the address of expert 0, the bytes from
+# expert to expert and from group to group, the blocks of a row and the first one's phase.
+MATRIX_FIELDS = 7
+GATE, UP, DOWN = 0, MATRIX_FIELDS, 2 * MATRIX_FIELDS
+KERNEL, ADDRESS, EXPERT_STRIDE, GROUP_STRIDE, MATRIX_BLOCKS, PHASE, IS_Q8 = range(MATRIX_FIELDS)
+LAYER_FIELDS = 3 * MATRIX_FIELDS
+
+_CLAIM_GROUPS = 4  # groups of 16 output columns that a thread takes at a time
+_POLL_NS = 100_000_000  # an idle shard looks after its heartbeat ten times a second
+# Words of COUNTERS, a cache line each.
+_STAGE1, _STAGE2, _ARRIVED = 0, 64, 128
+
+
+@inline
+def _group_pairs(shard: int, rows: int, scratch: int) -> int:
+    """Sort the request's pairs by expert, rows ascending; the number of experts that have any.
+
+    In `scratch`: int32 [EXPERTS + 1] offsets, int32 [EXPERTS] the active experts, then at
+    PAIRS_OFFSET int32 [rows * top_k] pair numbers (row * top_k + choice) in sorted order.
+    """
+    experts, top_k, ids = field(shard, EXPERTS), field(shard, TOP_K), field(shard, IDS)
+    pairs = scratch + field(shard, PAIRS_OFFSET)
+    active = scratch + 4 * (experts + 1)
+    for e in range(experts + 1):
+        v.store_scalar_i32(scratch + 4 * e, np.int32(0))
+    for i in range(rows * top_k):
+        slot = scratch + 4 * (np.intp(v.load_scalar_i32(ids + 4 * i)) + 1)
+        v.store_scalar_i32(slot, np.int32(v.load_scalar_i32(slot) + 1))
+    count = 0
+    for e in range(experts):
+        here = v.load_scalar_i32(scratch + 4 * (e + 1))
+        if here > 0:
+            v.store_scalar_i32(active + 4 * count, np.int32(e))
+            count += 1
+        v.store_scalar_i32(scratch + 4 * (e + 1), np.int32(here + v.load_scalar_i32(scratch + 4 * e)))
+    for i in range(rows * top_k):
+        slot = scratch + 4 * np.intp(v.load_scalar_i32(ids + 4 * i))
+        at = v.load_scalar_i32(slot)
+        v.store_scalar_i32(pairs + 4 * np.intp(at), np.int32(i))
+        v.store_scalar_i32(slot, np.int32(at + 1))
+    # Each offset has moved to its expert's end: move them back.
+    for e in range(experts, 0, -1):
+        v.store_scalar_i32(scratch + 4 * e, v.load_scalar_i32(scratch + 4 * (e - 1)))
+    v.store_scalar_i32(scratch, np.int32(0))
+    return count
+
+
+@inline
+def _product(matrix: int, expert: int, group: int, rows: int, n: int, out: int, stride: int) -> None:
+    """One group of an expert's matrix times `n` rows whose addresses lie at `rows`."""
+    w = field(matrix, ADDRESS) + expert * field(matrix, EXPERT_STRIDE) + group * field(matrix, GROUP_STRIDE)
+    blocks, phase = field(matrix, MATRIX_BLOCKS), field(matrix, PHASE)
+    call_product(field(matrix, KERNEL), w, blocks, phase, rows, n, out, stride)
+
+
+@inline
+def _row_pointers(shard: int, matrix: int, pairs: int, n: int, pointers: int) -> None:
+    """The addresses of the activation rows of `n` pairs, in the form that `matrix` reads."""
+    base, stride = field(shard, F32_ROWS), field(shard, F32_STRIDE)
+    if field(matrix, IS_Q8):
+        base, stride = field(shard, Q8_ROWS), field(shard, Q8_STRIDE)
+    top_k = field(shard, TOP_K)
+    for i in range(n):
+        row = np.intp(v.load_scalar_i32(pairs + 4 * i)) // top_k
+        v.store_scalar_i64(pointers + 8 * i, base + row * stride)
+
+
+@inline
+def _gate_up(shard: int, layer: int, expert: int, block: int, first: int, n: int, scratch: int) -> None:
+    """SwiGLU of 32 intermediate columns for `n` pairs, the first being number `first` in sorted order."""
+    pairs = scratch + field(shard, PAIRS_OFFSET) + 4 * first
+    pointers, gate = scratch + field(shard, POINTERS_OFFSET), scratch + field(shard, TILE_OFFSET)
+    up = gate + 128 * n
+    _row_pointers(shard, layer + 8 * GATE, pairs, n, pointers)
+    for half in range(2):
+        _product(layer + 8 * GATE, expert, 2 * block + half, pointers, n, gate + 64 * half, 128)
+    if field(layer + 8 * UP, IS_Q8) != field(layer + 8 * GATE, IS_Q8):
+        _row_pointers(shard, layer + 8 * UP, pairs, n, pointers)
+    for half in range(2):
+        _product(layer + 8 * UP, expert, 2 * block + half, pointers, n, up + 64 * half, 128)
+    cols = 32 * field(shard, BLOCKS)
+    for i in range(n):
+        a = silu_mul(v.load_f32(gate + 128 * i), v.load_f32(up + 128 * i))
+        b = silu_mul(v.load_f32(gate + 128 * i + 64), v.load_f32(up + 128 * i + 64))
+        if field(layer + 8 * DOWN, IS_Q8):
+            out = field(shard, H_Q8) + (first + i) * field(shard, H_Q8_STRIDE)
+            quantize_block(a, b, out + 32 * block, out + cols + META_BYTES * block)
+        else:
+            out = field(shard, H_F32) + (first + i) * field(shard, H_F32_STRIDE) + 128 * block
+            v.store_f32(out, a)
+            v.store_f32(out + 64, b)
+
+
+@inline
+def _down(shard: int, layer: int, group: int, active: int, scratch: int, rows: int) -> None:
+    """The partial sums of _CLAIM_GROUPS groups of output columns from `group` on."""
+    hidden, top_k = field(shard, HIDDEN), field(shard, TOP_K)
+    out, last = field(shard, PARTIALS), min(group + _CLAIM_GROUPS, hidden // 16)
+    pairs, experts = scratch + field(shard, PAIRS_OFFSET), scratch + 4 * (field(shard, EXPERTS) + 1)
+    tile, weights = scratch + field(shard, TILE_OFFSET), field(shard, WEIGHTS)
+    pointers = field(shard, H_Q8_POINTERS) if field(layer + 8 * DOWN, IS_Q8) else field(shard, H_F32_POINTERS)
+    for row in range(rows):
+        for g in range(group, last):
+            v.store_f32(out + 4 * (row * hidden + 16 * g), v.splat_f32(0.0))
+    for a in range(active):
+        expert = np.intp(v.load_scalar_i32(experts + 4 * a))
+        first = np.intp(v.load_scalar_i32(scratch + 4 * expert))
+        n = np.intp(v.load_scalar_i32(scratch + 4 * (expert + 1))) - first
+        for g in range(group, last):
+            _product(layer + 8 * DOWN, expert, g, pointers + 8 * first, n, tile, 64)
+            for i in range(n):
+                pair = np.intp(v.load_scalar_i32(pairs + 4 * (first + i)))
+                at = out + 4 * (pair // top_k * hidden + 16 * g)
+                weight = v.splat_f32(v.load_scalar_f32(weights + 4 * pair))
+                v.store_f32(at, v.fma(v.load_f32(tile + 64 * i), weight, v.load_f32(at)))
+
+
+@inline
+def _serve(shard: int, layer: int, rows: int, scratch: int) -> None:
+    """One request, on one of the shard's threads; returns when its share is done."""
+    counters, blocks, heartbeat = field(shard, COUNTERS), field(shard, BLOCKS), field(shard, REPLY) + HEARTBEAT
+    active = _group_pairs(shard, rows, scratch)
+    experts = scratch + 4 * (field(shard, EXPERTS) + 1)
+    while True:
+        unit = np.intp(atomic_add(counters + _STAGE1, np.uint32(1)))
+        if unit >= active * blocks:
+            break
+        atomic_add(heartbeat, np.uint32(1))
+        expert = np.intp(v.load_scalar_i32(experts + 4 * (unit // blocks)))
+        first = np.intp(v.load_scalar_i32(scratch + 4 * expert))
+        n = np.intp(v.load_scalar_i32(scratch + 4 * (expert + 1))) - first
+        _gate_up(shard, layer, expert, unit % blocks, first, n, scratch)
+    barrier(field(shard, BARRIER), field(shard, THREADS), field(shard, SPINS))
+    while True:
+        group = np.intp(atomic_add(counters + _STAGE2, np.uint32(1))) * _CLAIM_GROUPS
+        if group >= field(shard, HIDDEN) // 16:
+            break
+        atomic_add(heartbeat, np.uint32(1))
+        _down(shard, layer, group, active, scratch, rows)
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def shard_loop(shard: int, thread: int, seen: int) -> None:
+    """Serve requests until the mailbox says stop; run by each of the shard's threads.
+
+    seen: the sequence number of the last request that was answered.
+    """
+    mailbox, counters, reply = field(shard, MAILBOX), field(shard, COUNTERS), field(shard, REPLY)
+    scratch = field(shard, SCRATCH) + thread * field(shard, SCRATCH_BYTES)
+    wanted = np.uint32(seen) + np.uint32(1)
+    while atomic_load(mailbox + STOP) == 0:
+        request, sleepers = mailbox + REQUEST_SEQUENCE, mailbox + REQUEST_SLEEPERS
+        if not await_counter(request, sleepers, wanted, field(shard, SPINS), _POLL_NS):
+            if thread == 0:
+                atomic_add(reply + HEARTBEAT, np.uint32(1))
+            continue
+        start = now_ns()
+        layer = field(shard, LAYERS) + 8 * LAYER_FIELDS * field(mailbox + REQUEST_LAYER, 0)
+        _serve(shard, layer, field(mailbox + REQUEST_ROWS, 0), scratch)
+        if atomic_add(counters + _ARRIVED, np.uint32(1)) == np.uint32(field(shard, THREADS) - 1):
+            atomic_store(counters + _STAGE1, np.uint32(0))
+            atomic_store(counters + _STAGE2, np.uint32(0))
+            atomic_store(counters + _ARRIVED, np.uint32(0))
+            set_field(reply + BUSY_NS, 0, now_ns() - start)
+            publish(reply, reply + REPLY_SLEEPERS, wanted)
+        wanted = np.uint32(wanted + np.uint32(1))

@@ -1,0 +1,120 @@
+"""The mailbox: one shared-memory segment through which the attention worker asks the shards.
+
+    offset        word                          written by
+    0             magic, layout version         the worker, once
+    64            request sequence (uint32)     the worker
+    128           sleepers on the request       shards
+    192           request: layer, rows          the worker, before the sequence
+    256           stop (uint32)                 the worker
+    4096 + 256 s  shard s: reply sequence       shard s
+      + 64        sleepers on the reply         the worker
+      + 128       heartbeat (uint32)            shard s
+      + 192       nanoseconds the request took  shard s
+    then          expert ids int32 [max_rows, top_k], routing weights float32 [max_rows, top_k],
+                  activations as 8-bit rows and as float32 rows, [max_rows] each,
+                  partial sums float32 [shards, max_rows, hidden]
+
+A request is valid once its sequence number is there; a reply likewise. Sequence numbers only grow
+(and wrap around at 2^32). One request is under way at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from numoe.engine.cpu.memory import address, align
+from numoe.engine.cpu.rows import activation_bytes
+from numoe.engine.cpu.sync import wake_word
+from numoe.engine.shm import SharedSegment
+
+MAGIC = 0x6E756D6F65_01
+REQUEST_SEQUENCE, REQUEST_SLEEPERS, REQUEST_LAYER, REQUEST_ROWS, STOP = 64, 128, 192, 200, 256
+SHARDS_AT, SHARD_STRIDE = 4096, 256
+REPLY_SLEEPERS, HEARTBEAT, BUSY_NS = 64, 128, 192
+
+
+@dataclass(frozen=True)
+class MailboxLayout:
+    """Offsets, in bytes, of a mailbox for `shards` shards and at most `max_rows` rows a request."""
+
+    shards: int
+    max_rows: int
+    top_k: int
+    hidden: int
+
+    @property
+    def ids(self) -> int:
+        """Expert ids int32 [max_rows, top_k]."""
+        return align(SHARDS_AT + SHARD_STRIDE * self.shards, 4096)
+
+    @property
+    def weights(self) -> int:
+        """Routing weights float32 [max_rows, top_k]."""
+        return align(self.ids + 4 * self.max_rows * self.top_k)
+
+    @property
+    def q8_rows(self) -> int:
+        """8-bit activation rows."""
+        return align(self.weights + 4 * self.max_rows * self.top_k)
+
+    @property
+    def f32_rows(self) -> int:
+        """float32 activation rows."""
+        return align(self.q8_rows + self.max_rows * activation_bytes(self.hidden, "q8"))
+
+    @property
+    def partials(self) -> int:
+        """Partial sums float32 [shards, max_rows, hidden]."""
+        return align(self.f32_rows + self.max_rows * activation_bytes(self.hidden, "f32"), 4096)
+
+    @property
+    def partial_bytes(self) -> int:
+        """Bytes of one shard's partial sums."""
+        return 4 * self.max_rows * self.hidden
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole segment."""
+        return align(self.partials + self.shards * self.partial_bytes, 4096)
+
+    def reply(self, shard: int) -> int:
+        """Where shard number `shard` has its words."""
+        return SHARDS_AT + SHARD_STRIDE * shard
+
+
+class Mailbox:
+    """A mapped mailbox; the worker creates it, shards attach."""
+
+    def __init__(self, segment: SharedSegment, layout: MailboxLayout) -> None:
+        self.segment, self.layout = segment, layout
+        self.base = address(segment.array)
+
+    @classmethod
+    def create(cls, path: str, layout: MailboxLayout) -> Mailbox:
+        """Make the segment; ResourceError if /dev/shm has no room for it."""
+        segment = SharedSegment.create(path, layout.nbytes)
+        segment.array[:8].view(np.int64)[0] = MAGIC
+        return cls(segment, layout)
+
+    @classmethod
+    def attach(cls, path: str, layout: MailboxLayout) -> Mailbox:
+        """Map an existing segment."""
+        return cls(SharedSegment.attach(path, layout.nbytes), layout)
+
+    def partials(self) -> npt.NDArray[np.float32]:
+        """The partial sums, float32 [shards, max_rows, hidden]."""
+        at, size = self.layout.partials, self.layout.shards * self.layout.partial_bytes
+        flat = self.segment.array[at : at + size].view(np.float32)
+        return flat.reshape(self.layout.shards, self.layout.max_rows, self.layout.hidden)
+
+    def stop_shards(self) -> None:
+        """Tell every shard to leave its loop."""
+        self.segment.array[STOP : STOP + 4].view(np.uint32)[0] = 1
+        wake_word(self.base + REQUEST_SEQUENCE)
+
+    def close(self) -> None:
+        """Unmap; the file stays until its owner removes it."""
+        self.segment.close()

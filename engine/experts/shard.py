@@ -1,0 +1,181 @@
+"""A shard: its slice of every routed expert, and the threads that serve the mailbox."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from numoe.engine.cpu.memory import address, align, aligned_bytes, record
+from numoe.engine.cpu.products import product_kernel
+from numoe.engine.cpu.rows import activation_bytes
+from numoe.engine.cpu.sync import BARRIER_BYTES, CACHE_LINE, default_spins
+from numoe.engine.experts.loop import LAYER_FIELDS, SHARD_FIELDS, shard_loop
+from numoe.engine.experts.mailbox import REQUEST_SEQUENCE, Mailbox
+from numoe.engine.formats import BLOCK_COLS, Shape, pack, shape_of
+from numoe.engine.gguf import GgufFile
+from numoe.engine.models.config import ModelConfig
+from numoe.engine.progress import Progress
+from numoe.engine.shm import SharedSegment
+
+PARTS = ("gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class ShardSlice:
+    """The part of every expert that shard `index` of `count` holds: a range of intermediate columns."""
+
+    index: int
+    count: int
+
+    def blocks(self, intermediate: int) -> tuple[int, int]:
+        """The range of 32-column blocks, as equal as they divide."""
+        total = intermediate // BLOCK_COLS
+        return total * self.index // self.count, total * (self.index + 1) // self.count
+
+
+@dataclass(frozen=True)
+class ExpertMatrices:
+    """One of gate, up and down of one layer: [experts] packed matrices of this shape, from `offset` on."""
+
+    tensor: str
+    part: str
+    shape: Shape
+    experts: int
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all experts."""
+        return self.experts * self.shape.nbytes
+
+
+def plan_slice(config: ModelConfig, gguf: GgufFile, cut: ShardSlice) -> dict[int, list[ExpertMatrices]]:
+    """What the shard holds: for each layer with routed experts, gate, up and down."""
+    plan: dict[int, list[ExpertMatrices]] = {}
+    offset = 0
+    for layer in range(config.n_layers):
+        names = [f"blk.{layer}.ffn_{part}_exps.weight" for part in PARTS]
+        if names[0] not in gguf.tensors:
+            continue
+        plan[layer] = []
+        for part, name in zip(PARTS, names, strict=True):
+            info = gguf.tensors[name]
+            experts, rows, cols = info.shape
+            first, last = cut.blocks(cols if part == "down" else rows)
+            if part == "down":
+                shape = shape_of(info.qtype, rows, cols, (first, last))
+            else:
+                shape = shape_of(info.qtype, BLOCK_COLS * (last - first), cols)
+            plan[layer].append(ExpertMatrices(name, part, shape, experts, offset))
+            offset = align(offset + plan[layer][-1].nbytes)
+    return plan
+
+
+def slice_bytes(plan: dict[int, list[ExpertMatrices]]) -> int:
+    """Bytes of a shard's weights."""
+    return max((m.offset + align(m.nbytes) for layer in plan.values() for m in layer), default=0)
+
+
+class ExpertShard:
+    """Loads a slice into shared memory, then serves requests until stopped."""
+
+    def __init__(
+        self, config: ModelConfig, gguf: GgufFile, mailbox: Mailbox, cut: ShardSlice,
+        *, folder: Path, threads: int, threads_on_host: int,
+    ) -> None:  # fmt: skip
+        self._config, self._gguf, self._mailbox, self._cut = config, gguf, mailbox, cut
+        self._threads, self._spins = threads, default_spins(threads_on_host)
+        self._plan = plan_slice(config, gguf, cut)
+        self.nbytes = slice_bytes(self._plan)
+        self.progress = Progress(self.nbytes)
+        self._segment = SharedSegment.create(folder / f"experts-{cut.index}", max(1, self.nbytes))
+        self._running: list[threading.Thread] = []
+
+    def load(self) -> None:
+        """Read, pack and place the slice, on all of the shard's threads."""
+        jobs = [(m, expert) for layer in self._plan.values() for m in layer for expert in range(m.experts)]
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="numoe-load") as pool:
+            list(pool.map(self._load_expert, jobs))
+
+    def _load_expert(self, job: tuple[ExpertMatrices, int]) -> None:
+        matrices, expert = job
+        shape, info = matrices.shape, self._gguf.tensors[matrices.tensor]
+        start = matrices.offset + expert * shape.nbytes
+        out, raw = self._segment.array[start : start + shape.nbytes], self._gguf.read(matrices.tensor)[expert]
+        if shape.nbytes == 0:
+            return
+        if matrices.part == "down":
+            pack(raw, info.qtype, out, self._cut.blocks(info.shape[2]))
+        else:
+            first, last = self._cut.blocks(info.shape[1])
+            pack(raw[BLOCK_COLS * first : BLOCK_COLS * last], info.qtype, out)
+        self.progress.advance(shape.nbytes)
+
+    def start(self) -> None:
+        """Start the threads that serve the mailbox."""
+        self._layers = self._layer_records()
+        self._record = self._shard_record()
+        seen = int(self._mailbox.segment.array[REQUEST_SEQUENCE : REQUEST_SEQUENCE + 4].view(np.uint32)[0])
+        self._running = [
+            threading.Thread(
+                target=shard_loop, args=(address(self._record), i, seen), name=f"numoe-shard-{i}", daemon=True
+            )
+            for i in range(self._threads)
+        ]
+        for thread in self._running:
+            thread.start()
+
+    def join(self) -> None:
+        """Wait until the mailbox's owner has stopped the shards."""
+        for thread in self._running:
+            thread.join()
+
+    def _layer_records(self) -> np.ndarray:
+        layers = np.zeros((self._config.n_layers, LAYER_FIELDS), np.int64)
+        base = address(self._segment.array)
+        for layer, parts in self._plan.items():
+            fields: list[int] = []
+            for m in parts:
+                is_q8 = int(m.shape.format.activations == "q8")
+                kernel = product_kernel(m.shape.format.qtype).address
+                fields += [
+                    kernel, base + m.offset, m.shape.nbytes, m.shape.group_bytes, m.shape.blocks, m.shape.phase, is_q8
+                ]  # fmt: skip
+            layers[layer] = fields
+        return layers
+
+    def _shard_record(self) -> np.ndarray:
+        layout, base, moe = self._mailbox.layout, self._mailbox.base, self._config.moe
+        if moe is None:
+            return record([0] * SHARD_FIELDS)
+        first, last = self._cut.blocks(moe.ffn)
+        pairs, cols = layout.max_rows * layout.top_k, BLOCK_COLS * (last - first)
+        q8_stride, f32_stride = activation_bytes(cols, "q8"), activation_bytes(cols, "f32")
+        self._h = {"q8": aligned_bytes(pairs * q8_stride), "f32": aligned_bytes(pairs * f32_stride)}
+        self._pointers = {
+            kind: address(self._h[kind]) + stride * np.arange(pairs, dtype=np.int64)
+            for kind, stride in (("q8", q8_stride), ("f32", f32_stride))
+        }
+        # A thread's scratch: offsets and active experts, sorted pairs, row addresses, product tiles.
+        pairs_at = align(4 * (2 * moe.n_experts + 2))
+        pointers_at = align(pairs_at + 4 * pairs)
+        tile_at = align(pointers_at + 8 * layout.max_rows)
+        scratch_bytes = align(tile_at + 2 * 128 * layout.max_rows, 4096)
+        self._scratch = aligned_bytes(self._threads * scratch_bytes)
+        self._words = aligned_bytes(BARRIER_BYTES + 4 * CACHE_LINE)
+        words = address(self._words)
+        return record([
+            base, base + layout.reply(self._cut.index), base + layout.ids, base + layout.weights,
+            base + layout.q8_rows, activation_bytes(layout.hidden, "q8"),
+            base + layout.f32_rows, activation_bytes(layout.hidden, "f32"),
+            base + layout.partials + self._cut.index * layout.partial_bytes,
+            layout.hidden, layout.top_k, moe.n_experts, last - first, self._threads, self._spins,
+            words, words + BARRIER_BYTES, address(self._layers),
+            address(self._h["q8"]), q8_stride, address(self._h["f32"]), f32_stride,
+            address(self._pointers["q8"]), address(self._pointers["f32"]),
+            address(self._scratch), scratch_bytes, pairs_at, pointers_at, tile_at, layout.max_rows,
+        ])  # fmt: skip

@@ -1,0 +1,27 @@
+"""Counting bytes while something loads, for a progress bar elsewhere."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+
+class Progress:
+    """Bytes done of bytes to do; safe to advance from many threads."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self._done = total, 0
+        self._lock, self._start = threading.Lock(), time.monotonic()
+        self._end = 0.0
+
+    def advance(self, nbytes: int) -> None:
+        """Count bytes that are loaded."""
+        with self._lock:
+            self._done += nbytes
+            if self._done >= self.total:
+                self._end = time.monotonic()
+
+    def snapshot(self) -> tuple[int, int, float]:
+        """Bytes done, bytes to do, seconds since the start (until the end, once there)."""
+        with self._lock:
+            return self._done, self.total, (self._end or time.monotonic()) - self._start

@@ -1,0 +1,111 @@
+"""Named shared memory under /dev/shm/numoe: one folder an instance, private to its user."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+
+from numoe.engine.errors import ResourceError, UnavailableError
+
+ROOT = Path("/dev/shm/numoe")  # noqa: S108 - shared memory is what this is for
+_OWNER_FILE = "owner"
+_UNSIGNED_SECONDS = 30.0
+
+
+class SharedSegment:
+    """A file in shared memory, mapped as uint8 `array`."""
+
+    def __init__(self, path: Path, nbytes: int, descriptor: int) -> None:
+        self.path, self.nbytes = path, nbytes
+        try:
+            self._map = mmap.mmap(descriptor, nbytes)
+        finally:
+            os.close(descriptor)
+        self.array: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
+
+    @classmethod
+    def create(cls, path: str | Path, nbytes: int) -> SharedSegment:
+        """Make the file and reserve its memory; ResourceError if there is no room."""
+        path = Path(path)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            # Reserved now: a page that cannot be had later would be a bus error inside a kernel.
+            os.posix_fallocate(descriptor, 0, nbytes)
+        except OSError as error:
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            raise ResourceError(
+                f"shared memory has no room for {nbytes / 1e9:.2f} GB at {path.parent} ({error.strerror}); "
+                "free some, or enlarge it (mount -o remount,size=... /dev/shm; in a container --shm-size)"
+            ) from None
+        return cls(path, nbytes, descriptor)
+
+    @classmethod
+    def attach(cls, path: str | Path, nbytes: int) -> SharedSegment:
+        """Map an existing file of that size; UnavailableError if it is gone or another's."""
+        path = Path(path)
+        try:
+            descriptor = os.open(path, os.O_RDWR)
+        except OSError as error:
+            raise UnavailableError(f"shared memory {path} cannot be mapped: {error.strerror}") from None
+        if os.fstat(descriptor).st_size != nbytes:
+            os.close(descriptor)
+            raise UnavailableError(f"shared memory {path} does not have the {nbytes} bytes expected")
+        return cls(path, nbytes, descriptor)
+
+    def close(self) -> None:
+        """Unmap as soon as nothing refers to the array; the file stays."""
+        self.array = np.empty(0, np.uint8)
+        with contextlib.suppress(BufferError):
+            self._map.close()
+
+
+def create_folder(instance: str) -> Path:
+    """The folder of an instance, owned by this process: `remove_stale` spares it while the owner lives."""
+    ROOT.mkdir(mode=0o700, exist_ok=True)
+    folder = ROOT / instance
+    folder.mkdir(mode=0o700)
+    adopt_folder(folder, os.getpid())
+    return folder
+
+
+def adopt_folder(folder: Path, pid: int) -> None:
+    """Make process `pid` the owner of an instance's folder."""
+    started = psutil.Process(pid).create_time()
+    (folder / _OWNER_FILE).write_text(f"{pid} {started}")
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove an instance's shared memory, and the root if that leaves it empty."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        ROOT.rmdir()
+
+
+def remove_stale() -> list[Path]:
+    """Remove the folders whose owner died without cleaning up; what was removed."""
+    removed = []
+    for folder in sorted(ROOT.iterdir()) if ROOT.is_dir() else []:
+        if not _owner_lives(folder):
+            remove_folder(folder)
+            removed.append(folder)
+    return removed
+
+
+def _owner_lives(folder: Path) -> bool:
+    try:
+        pid, started = (folder / _OWNER_FILE).read_text().split()
+        return abs(psutil.Process(int(pid)).create_time() - float(started)) < 1.0
+    except psutil.NoSuchProcess:
+        return False
+    except (OSError, ValueError):
+        # Just being made, by another process that has not signed it yet.
+        return folder.exists() and time.time() - folder.stat().st_mtime < _UNSIGNED_SECONDS

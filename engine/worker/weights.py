@@ -1,0 +1,78 @@
+"""Packed weights of the attention side: everything but the routed experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from numoe.engine.cpu.memory import address, aligned_bytes
+from numoe.engine.cpu.products import product_kernel, unpack_kernel
+from numoe.engine.formats import GROUP_ROWS, Shape, pack, shape_of
+from numoe.engine.gguf import GgufFile
+from numoe.engine.progress import Progress
+
+_PART_GROUPS = 1024  # groups that one thread packs at a time
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A weight matrix as the kernels read it."""
+
+    shape: Shape
+    data: npt.NDArray[np.uint8]
+
+    @property
+    def address(self) -> int:
+        """Where group 0 begins."""
+        return address(self.data)
+
+    @property
+    def is_q8(self) -> bool:
+        """Whether its products read 8-bit activation rows."""
+        return self.shape.format.activations == "q8"
+
+    @property
+    def product(self) -> int:
+        """The address of its product kernel."""
+        return int(product_kernel(self.shape.format.qtype).address)
+
+    @property
+    def unpack(self) -> int:
+        """The address of its unpack kernel."""
+        return int(unpack_kernel(self.shape.format.qtype).address)
+
+
+class DenseWeights:
+    """The tensors of the attention side, packed in parallel as they are loaded."""
+
+    def __init__(self, gguf: GgufFile, names: Iterable[str], threads: int, progress: Progress) -> None:
+        self.matrices: dict[str, PackedMatrix] = {}
+        self.vectors: dict[str, npt.NDArray[np.float32]] = {}
+        with ThreadPoolExecutor(threads, thread_name_prefix="numoe-load") as pool:
+            for name in names:
+                info = gguf.tensors[name]
+                if len(info.shape) == 1:
+                    self.vectors[name] = _aligned_floats(gguf.dequantize(name))
+                    continue
+                rows, cols = info.shape
+                shape = shape_of(info.qtype, rows, cols)
+                matrix = PackedMatrix(shape, aligned_bytes(shape.nbytes))
+                raw, groups = gguf.read(name), matrix.data.reshape(shape.groups, shape.group_bytes)
+
+                def pack_part(start: int, raw: npt.NDArray[np.uint8] = raw, groups=groups, info=info) -> None:
+                    part = raw[start * GROUP_ROWS : (start + _PART_GROUPS) * GROUP_ROWS]
+                    pack(part, info.qtype, groups[start : start + _PART_GROUPS].reshape(-1))
+                    progress.advance(part.nbytes)
+
+                list(pool.map(pack_part, range(0, shape.groups, _PART_GROUPS)))
+                self.matrices[name] = matrix
+
+
+def _aligned_floats(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    out = aligned_bytes(values.nbytes).view(np.float32)
+    out[:] = values.reshape(-1)
+    return out
