@@ -53,6 +53,8 @@ class Architecture:
     rope_style:    which pairs of a head are rotated together: "norm" (2i, 2i+1) or "neox"
                    (i, i + dims/2).
     partial_rope:  whether fewer elements than head_dim may be rotated.
+    yarn_keys:     whether rope.scaling.yarn_* override YaRN's constants; llama.cpp reads them for
+                   few architectures and ignores them in files of the others.
     qk_norm:       RMSNorm over each head of q and k before RoPE.
     moe:           routing, or None where there never are experts.
     layer_tensors: the tensors of layer `i` of a model.
@@ -64,6 +66,7 @@ class Architecture:
     moe: MoeDefaults | None
     layer_tensors: Callable[[ModelConfig, int], Iterator[TensorSpec]]
     partial_rope: bool = False
+    yarn_keys: bool = False
 
     def tensors(self, config: ModelConfig) -> Iterator[TensorSpec]:
         """Every tensor of a model with `config`, in the order of the forward pass."""

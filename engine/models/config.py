@@ -255,19 +255,24 @@ def _rope(meta: MetadataReader, architecture: Architecture, head_dim: int, conte
     factor = meta.real("rope.scaling.factor", 0.0, high=1e6) or meta.real("rope.scale_linear", 0.0, high=1e6)
     if factor == 0.0 or scaling == "none":
         factor = 1.0
-    yarn = scaling == "yarn"
-    return RopeConfig(
+    rope = RopeConfig(
         dims=dims,
         theta=meta.real("rope.freq_base", 10000.0, low=1.0 + 1e-6),
         style=architecture.rope_style,
-        scaling="yarn" if yarn else "none" if factor == 1.0 else "linear",
+        scaling="yarn" if scaling == "yarn" else "none" if factor == 1.0 else "linear",
         factor=factor,
         original_context=meta.integer("rope.scaling.original_context_length", 0, low=0, high=1 << 30)
         or context,
-        ext_factor=meta.real("rope.scaling.yarn_ext_factor", float(yarn), low=-1e6, high=1e6),
+        ext_factor=float(scaling == "yarn"),
         attn_factor=meta.real("rope.scaling.attn_factor", 1.0, high=1e6),
-        beta_fast=meta.real("rope.scaling.yarn_beta_fast", 32.0, low=1e-6, high=1e6),
-        beta_slow=meta.real("rope.scaling.yarn_beta_slow", 1.0, low=1e-6, high=1e6),
+    )
+    if not architecture.yarn_keys:
+        return rope
+    return replace(
+        rope,
+        ext_factor=meta.real("rope.scaling.yarn_ext_factor", rope.ext_factor, high=1e6),
+        beta_fast=meta.real("rope.scaling.yarn_beta_fast", rope.beta_fast, low=1e-6, high=1e6),
+        beta_slow=meta.real("rope.scaling.yarn_beta_slow", rope.beta_slow, low=1e-6, high=1e6),
     )
 
 

@@ -28,8 +28,8 @@ def rope_frequencies(rope: RopeConfig, dtype: npt.DTypeLike = np.float32) -> tup
         r[i]     = ext_factor * (1 - clip((i - low) / max(0.001, high - low), 0, 1))
         inv_freq = inv_freq / factor * (1 - r) + inv_freq * r
 
-    with cos and sin multiplied by attn_factor * (1 + 0.1 ln(factor)), which scales the attention
-    logits by its square. Without YaRN (ext_factor 0) they are multiplied by attn_factor alone.
+    with cos and sin multiplied by attn_factor * (1 + 0.1 ln(max(1, factor))), which scales the
+    attention logits by its square. Without YaRN (ext_factor 0) they are multiplied by attn_factor alone.
     """
     pairs = np.arange(rope.dims // 2, dtype=np.float64)
     inv_freq = rope.theta ** (-2.0 * pairs / rope.dims)
@@ -42,7 +42,7 @@ def rope_frequencies(rope: RopeConfig, dtype: npt.DTypeLike = np.float32) -> tup
     high = min(rope.dims - 1, math.ceil(_turning_pair(rope, rope.beta_slow)))
     ramp = rope.ext_factor * (1.0 - np.clip((pairs - low) / max(0.001, high - low), 0.0, 1.0))
     mixed = interpolated * (1.0 - ramp) + inv_freq * ramp
-    return mixed.astype(dtype), rope.attn_factor * (1.0 + 0.1 * math.log(rope.factor))
+    return mixed.astype(dtype), rope.attn_factor * (1.0 + 0.1 * math.log(max(1.0, rope.factor)))
 
 
 def _turning_pair(rope: RopeConfig, turns: float) -> float:
