@@ -1,0 +1,26 @@
+"""The gRPC front end: plain asyncio code, run by the gateway actor and by tests alike."""
+
+from numoe.actors.gateway.interfaces import (
+    ActorInfo,
+    ChatTemplate,
+    EngineClient,
+    Limits,
+    ModelInfo,
+    ServerContext,
+    Tokenizer,
+)
+from numoe.actors.gateway.server import GatewayServer, build_server
+from numoe.actors.gateway.streams import RequestStreams
+
+__all__ = [
+    "ActorInfo",
+    "ChatTemplate",
+    "EngineClient",
+    "GatewayServer",
+    "Limits",
+    "ModelInfo",
+    "RequestStreams",
+    "ServerContext",
+    "Tokenizer",
+    "build_server",
+]

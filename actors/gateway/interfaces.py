@@ -1,0 +1,136 @@
+"""What the gateway needs from the rest of numoe, and the values it is built from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import msgspec
+
+from numoe.engine.requests import GenerationRequest, WorkerStatus
+
+ActorRole = Literal["gateway", "attention", "expert", "supervisor"]
+ActorState = Literal["starting", "running", "restarting", "draining", "dead"]
+
+
+class ActorInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One process of the server; `numa_node` is None where it is bound to none."""
+
+    role: ActorRole
+    pid: int
+    host: str
+    numa_node: int | None = None
+    state: ActorState = "running"
+    restarts: int = 0
+
+
+class EngineClient(Protocol):
+    """The way to the attention worker and the supervisor.
+
+    Every method raises UnavailableError while the other side is down.
+    """
+
+    async def submit(self, request: GenerationRequest) -> None:
+        """Queue a request; its events come through `RequestStreams.deliver`.
+
+        Raises ResourceError when the queue is full, InputError when the worker cannot serve it.
+        """
+
+    async def abort(self, request_id: str) -> None:
+        """End a request within one step, with a Finished event; an unknown id is no error.
+
+        It may overtake a `submit` that was cancelled, and must win then.
+        """
+
+    async def status(self) -> WorkerStatus:
+        """Tell what the attention worker is doing."""
+
+    async def actors(self) -> list[ActorInfo]:
+        """List the server's processes, the gateway included."""
+
+    async def shutdown(self, deadline_s: float) -> None:
+        """Begin to stop the server and return at once.
+
+        The running requests get `deadline_s` seconds; the gateway is the last to go.
+        """
+
+
+class Tokenizer(Protocol):
+    """The part of `numoe.engine.text.Tokenizer` that the gateway uses."""
+
+    @property
+    def eog_ids(self) -> frozenset[int]:
+        """Tokens that end a generation."""
+
+    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """Token ids of a text."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, U+FFFD for bytes that are not UTF-8."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes one token stands for."""
+
+
+class ChatTemplate(Protocol):
+    """The part of `numoe.engine.text.ChatTemplate` that the gateway uses."""
+
+    def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+        """Return the prompt of a conversation; raises InputError when the template refuses it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """The model as clients see it; counts are 0 and ids None where it has no such thing.
+
+    context_tokens: what one request may hold here, prompt and continuation together;
+    trained_context_tokens: what the model was trained for. fingerprint: None if not computed.
+    """
+
+    name: str
+    architecture: str
+    context_tokens: int
+    vocab_size: int
+    trained_context_tokens: int = 0
+    parameters: int = 0
+    layers: int = 0
+    experts: int = 0
+    experts_used: int = 0
+    weight_format: str = ""
+    file_bytes: int = 0
+    bos_id: int | None = None
+    eos_id: int | None = None
+    eot_id: int | None = None
+    pad_id: int | None = None
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Bounds on what one client can make the gateway hold.
+
+    stream_backlog: events that wait for a slow reader before its request is ended.
+    """
+
+    max_message_bytes: int = 32 << 20
+    max_prompt_bytes: int = 16 << 20
+    max_messages: int = 10_000
+    max_stop_strings: int = 64
+    max_stop_string_bytes: int = 1024
+    max_stop_ids: int = 1024
+    max_logprobs: int = 20
+    max_logit_bias: int = 4096
+    max_streams: int = 1024
+    stream_backlog: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerContext:
+    """Everything that the servicers share and that never changes."""
+
+    tokenizer: Tokenizer
+    model: ModelInfo
+    version: str
+    chat_template: ChatTemplate | None = None
+    limits: Limits = field(default_factory=Limits)

@@ -1,0 +1,145 @@
+"""The gRPC server: services, health, reflection, limits, start and stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from numoe.actors.gateway.admin import AdminServicer
+from numoe.actors.gateway.generation import GenerationServicer
+from numoe.actors.gateway.interfaces import EngineClient, ServerContext
+from numoe.actors.gateway.lifecycle import Lifecycle, LifecycleState
+from numoe.actors.gateway.listen import ListenAddress, bind_error, parse_listen, require_free
+from numoe.actors.gateway.model import ModelServicer
+from numoe.actors.gateway.streams import RequestStreams
+from numoe.actors.gateway.tokenizer import TokenizerServicer
+from numoe.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+    tokenizer_pb2,
+    tokenizer_pb2_grpc,
+)
+
+GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+OTHERS = (
+    tokenizer_pb2.DESCRIPTOR.services_by_name["TokenizerService"].full_name,
+    model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+    admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
+)
+HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+
+
+class GatewayServer:
+    """A bound gRPC server. Use it within one event loop.
+
+    address: where it listens, with the port that was really bound.
+    """
+
+    def __init__(
+        self, server: grpc.aio.Server, address: ListenAddress, lifecycle: Lifecycle, streams: RequestStreams
+    ) -> None:
+        self._server = server
+        self._listen = address
+        self._lifecycle = lifecycle
+        self._streams = streams
+        self.address = str(address)
+
+    @property
+    def state(self) -> LifecycleState:
+        """What it does with new requests."""
+        return self._lifecycle.state
+
+    async def start(self) -> None:
+        """Answer calls; Generate is refused until `set_ready`."""
+        await self._lifecycle.start()
+        await self._server.start()
+        if self._listen.path:
+            # Only this user may connect, as to the shared-memory files.
+            await asyncio.to_thread(os.chmod, self._listen.path, 0o600)
+
+    async def set_ready(self, *, ready: bool = True) -> None:
+        """Tell whether a first token can be made: SERVING, or NOT_SERVING again."""
+        await self._lifecycle.set_ready(ready=ready)
+
+    async def drain(self, deadline_s: float) -> bool:
+        """Refuse new requests and wait for the running ones.
+
+        Returns whether all had ended after `deadline_s` seconds.
+        """
+        await self._lifecycle.set_draining()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._streams.wait_idle(), deadline_s)
+        return not len(self._streams)
+
+    async def stop(self, grace_s: float = 1.0) -> None:
+        """Close the port and end what still runs: its callers read UNAVAILABLE."""
+        await self._lifecycle.set_draining()
+        self._streams.fail_all("the server is shutting down")
+        await self._server.stop(grace_s)
+        if self._listen.path:
+            await asyncio.to_thread(Path(self._listen.path).unlink, missing_ok=True)
+
+    async def wait_stopped(self) -> None:
+        """Wait until `stop` has closed everything."""
+        await self._server.wait_for_termination()
+
+
+def build_server(
+    context: ServerContext,
+    engine: EngineClient,
+    streams: RequestStreams,
+    listen: str,
+    credentials: grpc.ServerCredentials | None = None,
+) -> GatewayServer:
+    """Bind a server to `listen` (HOST:PORT, port 0 for any, or unix:PATH); `start` makes it answer.
+
+    Call it in the event loop that will run it. Raises InputError for a bad address and
+    ResourceError for one in use.
+    """
+    address = parse_listen(listen)
+    require_free(address)
+    server = grpc.aio.server(options=_options(context))
+    lifecycle = Lifecycle((GENERATION,), OTHERS)
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(
+        GenerationServicer(context, engine, streams, lifecycle), server
+    )
+    tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server(TokenizerServicer(context), server)
+    model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(context), server)
+    admin_pb2_grpc.add_AdminServiceServicer_to_server(
+        AdminServicer(context, engine, streams, lifecycle), server
+    )
+    health_pb2_grpc.add_HealthServicer_to_server(lifecycle.health, server)
+    reflection.enable_server_reflection((GENERATION, *OTHERS, HEALTH, reflection.SERVICE_NAME), server)
+    try:
+        if credentials is None:
+            port = server.add_insecure_port(str(address))
+        else:
+            port = server.add_secure_port(str(address), credentials)
+    except RuntimeError as error:
+        raise bind_error(address, error) from error
+    bound = address if address.path else address._replace(port=port)
+    return GatewayServer(server, bound, lifecycle, streams)
+
+
+def _options(context: ServerContext) -> list[tuple[str, int]]:
+    return [
+        ("grpc.so_reuseport", 0),  # else a second server on the same port would silently share it
+        ("grpc.max_receive_message_length", context.limits.max_message_bytes),
+        # A caller who vanished without closing his connection is noticed within a minute.
+        ("grpc.keepalive_time_ms", 40_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # Callers may ping every 10 s to keep a long prefill's connection open through proxies.
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ]

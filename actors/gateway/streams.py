@@ -1,0 +1,125 @@
+"""Routes the worker's events to the calls that wait for them.
+
+The worker pushes the events of all requests once per step; everything here runs in the gateway's
+event loop and nothing blocks it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from numoe.actors.gateway.errors import RequestIdInUseError, SlowReaderError
+from numoe.engine.errors import NumoeError, ResourceError, UnavailableError
+from numoe.engine.requests import Event, PrefillProgress
+
+
+class RequestStream:
+    """The events of one request, between the worker that makes them and the call that sends them.
+
+    At most `backlog` events wait. When one more comes, all are dropped, the reader will see
+    SlowReaderError, and `on_overflow` is called once.
+    """
+
+    def __init__(self, request_id: str, backlog: int, on_overflow: Callable[[str], None]) -> None:
+        self.request_id = request_id
+        self._backlog = backlog
+        self._on_overflow = on_overflow
+        self._events: deque[Event] = deque()
+        self._failure: NumoeError | None = None
+        self._changed = asyncio.Event()
+
+    def push(self, event: Event) -> None:
+        """Add an event for the reader."""
+        if self._failure is not None:
+            return
+        if (
+            isinstance(event, PrefillProgress)
+            and self._events
+            and isinstance(self._events[-1], PrefillProgress)
+        ):
+            self._events.pop()  # only the latest progress is of interest
+        if len(self._events) >= self._backlog:
+            self._events.clear()
+            self.fail(
+                SlowReaderError(
+                    f"{self._backlog} events wait to be read: read the stream faster or ask for less"
+                )
+            )
+            self._on_overflow(self.request_id)
+            return
+        self._events.append(event)
+        self._changed.set()
+
+    def fail(self, error: NumoeError) -> None:
+        """Let the reader see `error` after the events that already wait."""
+        if self._failure is None:
+            self._failure = error
+        self._changed.set()
+
+    async def next_events(self) -> list[Event]:
+        """Wait for events and take all that are there; raises the failure when none is left."""
+        while not self._events:
+            if self._failure is not None:
+                raise self._failure
+            self._changed.clear()
+            await self._changed.wait()
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+
+class RequestStreams:
+    """All open streams of a gateway.
+
+    max_streams: more are refused; backlog: see `RequestStream`.
+    """
+
+    def __init__(self, *, max_streams: int = 1024, backlog: int = 8192) -> None:
+        self._streams: dict[str, RequestStream] = {}
+        self._max_streams = max_streams
+        self._backlog = backlog
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._streams
+
+    @contextmanager
+    def open(self, request_id: str, on_overflow: Callable[[str], None]) -> Iterator[RequestStream]:
+        """Receive the events of a request inside the `with` block.
+
+        Raises RequestIdInUseError, and ResourceError when too many streams are open.
+        """
+        if request_id in self._streams:
+            raise RequestIdInUseError(f"request_id {request_id!r} is running: choose another")
+        if len(self._streams) >= self._max_streams:
+            raise ResourceError(f"{self._max_streams} streams are open, the most that this server takes")
+        stream = self._streams[request_id] = RequestStream(request_id, self._backlog, on_overflow)
+        self._idle.clear()
+        try:
+            yield stream
+        finally:
+            del self._streams[request_id]
+            if not self._streams:
+                self._idle.set()
+
+    def deliver(self, events: Sequence[Event]) -> None:
+        """Route the events of one step; those of unknown requests (ended, cancelled) are dropped."""
+        for event in events:
+            if (stream := self._streams.get(event.request_id)) is not None:
+                stream.push(event)
+
+    def fail_all(self, message: str) -> None:
+        """End every open stream with UnavailableError, for when the worker is gone."""
+        for stream in self._streams.values():
+            stream.fail(UnavailableError(message))
+
+    async def wait_idle(self) -> None:
+        """Wait until no stream is open."""
+        await self._idle.wait()
