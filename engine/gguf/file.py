@@ -76,6 +76,8 @@ class GgufFile:
     def read(self, name: str) -> npt.NDArray[np.uint8]:
         """Return the bytes of tensor `name`: read-only uint8 [*shape[:-1], row_bytes], a view of the map."""
         info = self._info(name)
+        if not self._maps:
+            raise ValueError(f"{self.path} is closed")
         data = np.frombuffer(self._maps[info.path], np.uint8, info.nbytes, info.offset)
         return data.reshape(*info.shape[:-1], info.row_bytes)
 

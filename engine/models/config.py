@@ -134,7 +134,7 @@ class ModelConfig:
             head_dim=head_dim,
             vocab=_vocab(gguf, meta),
             context=context,
-            rms_eps=meta.real("attention.layer_norm_rms_epsilon", low=0.0, high=1.0),
+            rms_eps=meta.real("attention.layer_norm_rms_epsilon", low=1e-30, high=1.0),
             dense_ffn=meta.integer("feed_forward_length") if moe is None else 0,
             rope=_rope(meta, architecture, head_dim, context),
             moe=moe,
@@ -285,6 +285,8 @@ def _factors(gguf: GgufFile) -> tuple[float, ...]:
 
 def _check_tensors(gguf: GgufFile, architecture: Architecture, config: ModelConfig) -> None:
     """Every tensor the architecture needs is there in its shape, and none that it does not know."""
+    if not gguf.tensors:
+        raise ModelFileError(f"{gguf.path}: holds no tensors, only metadata; give a file with the weights")
     known: set[str] = set()
     for spec in architecture.tensors(config):
         known.add(spec.name)
