@@ -1,0 +1,157 @@
+"""A blocking client of a numoe server: thin over the generated stubs, quick to import."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Self, TypeVar
+
+import grpc
+
+from numoe.engine.errors import InputError, NotFoundError, NumoeError, ResourceError, UnavailableError
+from numoe.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+    tokenizer_pb2_grpc,
+)
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+CALL_TIMEOUT_S = 15.0
+POLL_S = 0.1
+
+Result = TypeVar("Result")
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.min_reconnect_backoff_ms", 5000),  # also how long a first connection may take
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+)
+
+
+def default_address() -> str:
+    """NUMOE_ADDRESS, or the address that `numoe serve` listens on."""
+    return os.environ.get("NUMOE_ADDRESS") or DEFAULT_ADDRESS
+
+
+class Client:
+    """A connection to the server at `address` (HOST:PORT or unix:PATH).
+
+    Methods raise NumoeError with a message for the user. The stubs of all services are attributes;
+    they raise grpc.RpcError, which `explained` turns into a NumoeError.
+    """
+
+    def __init__(self, address: str | None = None) -> None:
+        self.address = address or default_address()
+        check_address(self.address)
+        self._channel = grpc.insecure_channel(self.address, options=_OPTIONS)
+        self.generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        self.tokenizer = tokenizer_pb2_grpc.TokenizerServiceStub(self._channel)
+        self.models = model_pb2_grpc.ModelServiceStub(self._channel)
+        self.admin = admin_pb2_grpc.AdminServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; what still runs on it is cancelled."""
+        self._channel.close()
+
+    def generate(
+        self, request: generation_pb2.GenerateRequest, timeout_s: float | None = None
+    ) -> Iterator[generation_pb2.GenerateResponse]:
+        """Stream one generation; leaving the iterator early cancels it on the server."""
+        call = self.generation.Generate(request, timeout=timeout_s)
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise explained(error, self.address) from error
+        finally:
+            call.cancel()  # type: ignore[no-untyped-call]
+
+    def status(self) -> admin_pb2.GetStatusResponse:
+        """Tell what runs where."""
+        return self._call(lambda: self.admin.GetStatus(admin_pb2.GetStatusRequest(), timeout=CALL_TIMEOUT_S))
+
+    def model(self) -> model_pb2.Model:
+        """Describe the model that is served."""
+        response = self._call(
+            lambda: self.models.GetModel(model_pb2.GetModelRequest(), timeout=CALL_TIMEOUT_S)
+        )
+        return response.model
+
+    def shutdown(self, drain_s: float) -> int:
+        """Begin to stop the server, whose requests get `drain_s` seconds; returns how many ran."""
+        request = admin_pb2.ShutdownRequest()
+        request.drain_deadline.FromNanoseconds(int(drain_s * 1e9))
+        return self._call(lambda: self.admin.Shutdown(request, timeout=CALL_TIMEOUT_S)).streams
+
+    def wait_closed(self, timeout_s: float) -> bool:
+        """Wait until nobody answers at the address; returns whether that came true in time."""
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            try:
+                self.admin.GetStatus(admin_pb2.GetStatusRequest(), timeout=1.0)
+            except grpc.RpcError as error:
+                if error.code() is grpc.StatusCode.UNAVAILABLE:
+                    return True
+            time.sleep(POLL_S)
+        return False
+
+    def _call(self, call: Callable[[], Result]) -> Result:
+        try:
+            return call()
+        except grpc.RpcError as error:
+            raise explained(error, self.address) from error
+
+
+def check_address(address: str) -> None:
+    """Raise InputError unless `address` is HOST:PORT or unix:PATH."""
+    if address.startswith("unix:"):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) <= 65535:
+        raise InputError(f"{address!r} is no server address: give HOST:PORT, such as {DEFAULT_ADDRESS}")
+
+
+def explained(error: grpc.RpcError, address: str) -> NumoeError:
+    """Turn a failed call into the NumoeError that tells the user what to do."""
+    code, details = error.code(), " ".join(str(error.details() or "").split())
+    if code is grpc.StatusCode.UNAVAILABLE and not _from_numoe(error):
+        return UnavailableError(
+            f"no numoe server answers at {address}: start one with `numoe serve MODEL.gguf`, "
+            f"or name another with --address or NUMOE_ADDRESS"
+        )
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return InputError(f"the server at {address} is no numoe server, or an older one: {details}")
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return UnavailableError(details)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return UnavailableError(details if _from_numoe(error) else f"{address} did not answer in time")
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return ResourceError(details)
+    if code is grpc.StatusCode.NOT_FOUND:
+        return NotFoundError(details)
+    if code in {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION}:
+        return InputError(details)
+    return NumoeError(f"{address} answered {code.name}: {details}")
+
+
+def _from_numoe(error: grpc.RpcError) -> bool:
+    """Tell a server's own status from one that gRPC made up here."""
+    return any(key == "grpc-status-details-bin" for key, _ in error.trailing_metadata() or ())  # type: ignore[misc, has-type]

@@ -1,0 +1,1 @@
+"""The sub-commands of `numoe`, one file each, as plain functions."""

@@ -1,0 +1,57 @@
+"""`numoe stop`: drain and stop a running server."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from numoe.deploy.client import POLL_S, Client
+from numoe.deploy.console import INTERRUPTED, Address, one_line_errors
+from numoe.engine.errors import UnavailableError
+from numoe.v1 import admin_pb2
+
+CLEANUP_S = 30.0  # what the processes get after the last request
+
+
+def stop(*, address: Address = None, timeout: float = 30.0) -> int:
+    """Stop a server: it takes no new requests, finishes the running ones, and ends.
+
+    Parameters
+    ----------
+    address
+        The server, HOST:PORT or unix:PATH; 127.0.0.1:50051 if not given.
+    timeout
+        Seconds that running requests get; after it they are cut off.
+
+    """
+    with one_line_errors(), Client(address) as client:
+        pids = local_pids(client.status().actors)
+        running = client.shutdown(max(0.0, timeout))
+        if running:
+            print(f"waiting up to {timeout:g} s for {running} running requests (Ctrl-C leaves them be)")
+        try:
+            wait_stopped(client, pids, max(0.0, timeout) + CLEANUP_S)
+        except KeyboardInterrupt:
+            return INTERRUPTED
+    print(f"stopped {client.address}")
+    return 0
+
+
+def local_pids(actors: Iterable[admin_pb2.ActorStatus]) -> list[int]:
+    """Process ids of the actors that run on this machine."""
+    return [actor.pid for actor in actors if actor.host == socket.gethostname() and actor.pid != os.getpid()]
+
+
+def wait_stopped(client: Client, pids: list[int], timeout_s: float) -> None:
+    """Wait until the port is closed and the local processes are gone. Raises UnavailableError."""
+    end = time.monotonic() + timeout_s
+    closed = client.wait_closed(timeout_s)
+    while closed and (pids := [pid for pid in pids if Path(f"/proc/{pid}").exists()]):
+        if time.monotonic() > end:
+            raise UnavailableError(f"processes {', '.join(map(str, pids))} still run: kill them")
+        time.sleep(POLL_S)
+    if not closed:
+        raise UnavailableError(f"the server at {client.address} still answers after {timeout_s:g} s")

@@ -1,0 +1,26 @@
+"""How every command reports failure: one line on stderr, and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from numoe.engine.errors import NumoeError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+Address = Annotated[str | None, Parameter(env_var="NUMOE_ADDRESS")]
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn a NumoeError into one line on stderr and exit code 1."""
+    try:
+        yield
+    except NumoeError as error:
+        print(f"numoe: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(1) from None
