@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+from numba import njit, types
 
 from numoe.engine.cpu import memory
 from numoe.engine.cpu.program import run_program
@@ -66,6 +66,13 @@ def _dismiss(team: int) -> None:
     atomic_store(words + _STOP, np.uint32(1))
     atomic_add(words + _GENERATION, np.uint32(1))
     futex_wake_all(words + _GENERATION)
+
+
+def compile_all() -> None:
+    """Compile what a team runs, or find it in the cache."""
+    _member.compile((types.intp, types.intp))
+    _lead.compile((types.intp,))
+    _dismiss.compile((types.intp,))
 
 
 class ThreadTeam:

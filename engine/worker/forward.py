@@ -42,7 +42,7 @@ from numoe.engine.progress import Progress
 from numoe.engine.scheduler import Batch
 from numoe.engine.worker.buffers import Rows
 from numoe.engine.worker.kv_pool import KvPool
-from numoe.engine.worker.weights import DenseWeights, PackedMatrix
+from numoe.engine.worker.weights import DenseWeights, PackedMatrix, dense_tensor_names
 
 LOGITS_AT_ONCE = 16
 """Rows of logits that are computed together; more are done in turns."""
@@ -64,11 +64,6 @@ class ForwardOptions:
     threads: int
     threads_on_host: int
     shard_bound_s: float = 10.0
-
-
-def dense_tensor_names(gguf: GgufFile) -> list[str]:
-    """The tensors that the attention side loads: all but the routed experts."""
-    return [name for name in gguf.tensors if "_exps." not in name and name != "rope_freqs.weight"]
 
 
 class CpuForward:
@@ -174,8 +169,8 @@ class CpuForward:
 
     def _build_body(self) -> None:
         config, program = self.config, self._body
-        frequencies, magnitude = rope_frequencies(config.rope)
-        self._frequencies = frequencies.astype(np.float64)
+        frequencies, magnitude = rope_frequencies(config.rope, np.float64)
+        self._frequencies = np.ascontiguousarray(frequencies, np.float64)
         rope = self._rope
         program.add(
             attention.rope_table,

@@ -18,6 +18,11 @@ from numoe.engine.progress import Progress
 _PART_GROUPS = 1024  # groups that one thread packs at a time
 
 
+def dense_tensor_names(gguf: GgufFile) -> list[str]:
+    """The tensors that the attention side loads: all but the routed experts."""
+    return [name for name in gguf.tensors if "_exps." not in name and name != "rope_freqs.weight"]
+
+
 @dataclass(frozen=True)
 class PackedMatrix:
     """A weight matrix as the kernels read it."""

@@ -1,0 +1,57 @@
+"""The actor of one expert shard: loads a slice of every expert, then serves the mailbox."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from numoe.actors.identity import Identity, identity
+from numoe.cluster.plan import Plan
+
+
+class ExpertActor:
+    """Ray actor. `__init__` is cheap; `initialize` loads; `run` serves until the mailbox says stop."""
+
+    def __init__(self, plan: Plan, folder: str, index: int) -> None:
+        self._plan, self._folder, self._index = plan, Path(folder), index
+
+    def identity(self) -> Identity:
+        """Who this process is."""
+        return identity(numa_node=self._plan.shards[self._index].numa_node)
+
+    def initialize(self) -> None:
+        """Place the shard's slice in shared memory."""
+        from numoe.engine.experts.mailbox import Mailbox
+        from numoe.engine.experts.shard import ExpertShard, ShardSlice
+        from numoe.engine.gguf import GgufFile
+        from numoe.engine.models.config import ModelConfig
+
+        plan, placement = self._plan, self._plan.shards[self._index]
+        gguf = GgufFile.open(plan.model)
+        assert plan.mailbox is not None
+        mailbox = Mailbox.attach(str(self._folder / "mailbox"), plan.mailbox)
+        self._shard = ExpertShard(
+            ModelConfig.from_gguf(gguf),
+            gguf,
+            mailbox,
+            ShardSlice(self._index, len(plan.shards)),
+            folder=self._folder,
+            threads=placement.threads,
+            threads_on_host=plan.threads_on_host,
+        )
+        self._shard.load()
+        gguf.close()
+        self._shard.start()
+
+    def progress(self) -> tuple[int, int, float]:
+        """Bytes loaded, bytes to load, seconds; zeros before `initialize`."""
+        shard = getattr(self, "_shard", None)
+        return shard.progress.snapshot() if shard else (0, 0, 0.0)
+
+    def run(self) -> None:
+        """Return when the shard has been told to stop; while this is pending, the shard is alive."""
+        self._shard.join()
+
+    def terminate(self) -> None:
+        """Leave at once."""
+        os._exit(0)

@@ -1,0 +1,263 @@
+"""The supervisor: places the other actors, watches them, and takes them down again.
+
+A named, detached Ray actor. It is given the actor classes, so that it knows only their lifecycle:
+a cheap constructor, `initialize`, a long-running `run` whose pending reference is the sign of life,
+`identity`, `progress` and `terminate`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from numoe.cluster.plan import Plan
+from numoe.cluster.status import ActorInfo, ActorRole, ActorState, LoadProgress
+from numoe.engine import shm
+from numoe.engine.errors import NumoeError, ResourceError, UnavailableError
+
+NAMESPACE = "numoe"
+_PLACEMENT_TIMEOUT_S = 30.0
+_CALL_TIMEOUT_S = 5.0
+_STOP_TIMEOUT_S = 10.0
+# Ray's unit is a processor. The actors together take the plan's threads, and never more than a
+# host of two processors has: attention and experts alternate on the same ones.
+_GATEWAY_CPUS = 0.1
+
+
+class ActorClasses(msgspec.Struct, frozen=True):
+    """The classes that the supervisor places."""
+
+    gateway: Any
+    attention: Any
+    expert: Any
+
+
+@dataclass
+class _Member:
+    """One placed actor."""
+
+    role: ActorRole
+    name: str
+    handle: Any
+    state: ActorState = "starting"
+    pid: int = 0
+    host: str = ""
+    numa_node: int | None = None
+    run: Any = None
+    restarts: int = 0
+
+    def info(self) -> ActorInfo:
+        return ActorInfo(
+            role=self.role,
+            pid=self.pid,
+            host=self.host,
+            numa_node=self.numa_node,
+            state=self.state,
+            restarts=self.restarts,
+        )
+
+
+@dataclass
+class _Outcome:
+    """How the server ended: an empty message when it was told to stop."""
+
+    ended: threading.Event = field(default_factory=threading.Event)
+    message: str = ""
+
+
+class Supervisor:
+    """Ray actor, threaded. `launch` brings everything up; `wait` returns when it is down again."""
+
+    def __init__(self, instance: str, plan: Plan, classes: ActorClasses, listen: str | None) -> None:
+        self._plan, self._classes, self._listen, self._instance = plan, classes, listen, instance
+        self._folder = shm.create_folder(instance)
+        self._members: list[_Member] = []
+        self._group: PlacementGroup | None = None
+        self._outcome = _Outcome()
+        self._stopping = threading.Lock()
+        self.address = ""
+
+    # --- bringing up ------------------------------------------------------------------------------
+
+    def launch(self) -> str:
+        """Place and start all actors; the gateway's address, empty without a gateway.
+
+        Raises the first actor's error; everything is taken down again then.
+        """
+        try:
+            self._place()
+            worker, shards = self._member("attention"), self._of("expert")
+            _get(worker.handle.create_mailbox.remote())
+            _get([member.handle.initialize.remote() for member in [worker, *shards]])
+            if self._listen is not None:
+                gateway = self._member("gateway")
+                supervisor = ray.get_runtime_context().current_actor
+                self.address = _get(gateway.handle.initialize.remote(worker.handle, supervisor))
+                _get(worker.handle.connect.remote(gateway.handle))
+                worker.run = worker.handle.run.remote()
+                _get(gateway.handle.serve.remote())
+            for member in shards:
+                member.run = member.handle.run.remote()
+            for member in self._members:
+                member.state = "running"
+            threading.Thread(target=self._watch, name="numoe-watch", daemon=True).start()
+        except (NumoeError, RayError) as error:
+            self._take_down(str(error))
+            raise
+        return self.address
+
+    def _place(self) -> None:
+        plan = self._plan
+        bundles = [{"CPU": _GATEWAY_CPUS}, *({"CPU": cpus} for cpus in self._cpus())]
+        self._group = placement_group(bundles, strategy="STRICT_PACK", name=f"numoe-{self._instance}")
+        if not self._group.wait(_PLACEMENT_TIMEOUT_S):
+            raise ResourceError(
+                f"Ray has no node with {sum(b['CPU'] for b in bundles):.1f} free CPUs for this model: "
+                "stop what else runs there, or lower --threads"
+            )
+        folder, members = str(self._folder), self._members
+        if self._listen is not None:
+            gateway = self._spawn(self._classes.gateway, 0, 64, plan, self._listen)
+            members.append(_Member("gateway", "gateway", gateway))
+        members.append(_Member("attention", "attention", self._spawn(self._classes.attention, 1, 32, plan, folder)))
+        for shard in plan.shards:
+            handle = self._spawn(self._classes.expert, 2 + shard.index, 4, plan, folder, shard.index)
+            members.append(_Member("expert", f"experts {shard.index}", handle))
+        for member, who in zip(members, _get([m.handle.identity.remote() for m in members]), strict=True):
+            member.pid, member.host, member.numa_node = who.pid, who.host, who.numa_node
+
+    def _cpus(self) -> Iterator[float]:
+        """Processors that Ray books for the attention worker and for each shard."""
+        yield 0.1
+        for shard in self._plan.shards:
+            yield max(0.1, shard.threads - 0.4 / len(self._plan.shards))
+
+    def _spawn(self, cls: Any, bundle: int, concurrency: int, *args: Any) -> Any:
+        assert self._group is not None
+        cpus = self._group.bundle_specs[bundle]["CPU"]
+        options = {
+            "num_cpus": cpus,
+            "max_concurrency": concurrency,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=bundle
+            ),
+        }
+        return ray.remote(cls).options(**options).remote(*args)
+
+    # --- looking ----------------------------------------------------------------------------------
+
+    def progress(self) -> list[LoadProgress]:
+        """How far the actors that load have come."""
+        found = []
+        for member in list(self._members):
+            if member.role in ("attention", "expert"):
+                with contextlib.suppress(RayError, GetTimeoutError):
+                    done, total, seconds = ray.get(member.handle.progress.remote(), timeout=_CALL_TIMEOUT_S)
+                    found.append(LoadProgress(name=member.name, done=done, total=total, seconds=seconds))
+        return found
+
+    def actors(self) -> list[ActorInfo]:
+        """Every process of the server, this one included."""
+        state: ActorState = "draining" if self._stopping.locked() else "running"
+        own = ActorInfo(role="supervisor", pid=os.getpid(), host=socket.gethostname(), state=state)
+        return [*(member.info() for member in self._members), own]
+
+    def worker(self) -> Any:
+        """The attention worker's handle."""
+        return self._member("attention").handle
+
+    def wait(self) -> str:
+        """Block until the server is down; why, or an empty text if it was told to stop."""
+        self._outcome.ended.wait()
+        return self._outcome.message
+
+    # --- taking down ------------------------------------------------------------------------------
+
+    def shutdown(self, deadline_s: float) -> None:
+        """Let running requests finish for `deadline_s` seconds, then take everything down; returns at once."""
+        threading.Thread(target=self._drain, args=(deadline_s,), name="numoe-drain", daemon=True).start()
+
+    def _drain(self, deadline_s: float) -> None:
+        for member in self._members:
+            member.state = "draining"
+        for gateway in self._of("gateway"):
+            with contextlib.suppress(RayError, GetTimeoutError):
+                ray.get(gateway.handle.drain.remote(deadline_s), timeout=deadline_s + _CALL_TIMEOUT_S)
+        self._take_down("")
+
+    def _watch(self) -> None:
+        """Take the server down when an actor dies: it cannot answer without any of them."""
+        runs = {member.run: member for member in self._members if member.run is not None}
+        while runs and not self._outcome.ended.is_set():
+            done, _ = ray.wait(list(runs), timeout=0.5)
+            for reference in done:
+                member = runs.pop(reference)
+                if self._stopping.locked():
+                    continue
+                try:
+                    ray.get(reference)
+                    why = "ended"
+                except RayActorError:
+                    why = "died"
+                except RayTaskError as error:
+                    why = f"failed: {error.cause}"
+                member.state = "dead"
+                self._take_down(
+                    f"actor {member.name} (pid {member.pid}) {why}; "
+                    "see its log in the Ray session folder, then start the server again"
+                )
+                return
+
+    def _take_down(self, message: str) -> None:
+        if not self._stopping.acquire(blocking=False):
+            return
+        self._outcome.message = message
+        for member in reversed(self._members):
+            with contextlib.suppress(RayError, GetTimeoutError):
+                if member.role == "gateway":
+                    ray.get(member.handle.stop.remote(message), timeout=_CALL_TIMEOUT_S)
+                elif member.role == "attention" and member.state != "starting":
+                    ray.get(member.handle.stop.remote(), timeout=_CALL_TIMEOUT_S)
+        pending = [m.run for m in self._members if m.run is not None and m.state != "dead"]
+        if pending:
+            ray.wait(pending, num_returns=len(pending), timeout=_STOP_TIMEOUT_S)
+        for member in self._members:
+            member.state = "dead"
+            ray.kill(member.handle)
+        if self._group is not None:
+            remove_placement_group(self._group)
+        shm.remove_folder(self._folder)
+        self._outcome.ended.set()
+
+    def _of(self, role: ActorRole) -> list[_Member]:
+        return [member for member in self._members if member.role == role]
+
+    def _member(self, role: ActorRole) -> _Member:
+        return self._of(role)[0]
+
+
+def _get(references: Any) -> Any:
+    """ray.get that raises numoe's own errors as they were raised, and a dead actor as UnavailableError."""
+    try:
+        return ray.get(references)
+    except RayTaskError as error:
+        if isinstance(error.cause, NumoeError):
+            raise error.cause from None
+        raise UnavailableError(f"an actor failed while starting: {error.cause}") from error
+    except RayActorError as error:
+        raise UnavailableError(f"an actor died while starting: {error}") from error
+
+

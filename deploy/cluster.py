@@ -1,0 +1,125 @@
+"""Starting Ray, or joining a cluster that runs, and launching the actors on it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from numoe.actors.attention import AttentionActor
+from numoe.actors.expert import ExpertActor
+from numoe.actors.gateway.actor import GatewayActor
+from numoe.cluster.plan import Plan
+from numoe.cluster.status import LoadProgress
+from numoe.cluster.supervisor import NAMESPACE, ActorClasses, Supervisor
+from numoe.engine.errors import NumoeError, UnavailableError
+
+_OBJECT_STORE_BYTES = 128 << 20  # Ray's default is 30 % of memory, and lies where the weights lie
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_event_stats": "0",
+}
+
+
+def start_ray() -> bool:
+    """Join the running cluster, or start one on this host; whether it was started here."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    quiet = {"namespace": NAMESPACE, "logging_level": logging.ERROR, "log_to_driver": False}
+    try:
+        ray.init(address=os.environ.get("RAY_ADDRESS") or "auto", **quiet)
+    except ConnectionError:
+        if os.environ.get("RAY_ADDRESS"):
+            raise UnavailableError(
+                f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}; unset it to start one here"
+            ) from None
+    else:
+        return False
+    ray.init(
+        include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, _node_ip_address="127.0.0.1", **quiet
+    )
+    return True
+
+
+class Server:
+    """The actors of one server, seen from the process that launched them."""
+
+    def __init__(self, plan: Plan, listen: str | None) -> None:
+        self.plan = plan
+        self._instance = f"{int(time.time()):x}-{secrets.token_hex(3)}"
+        classes = ActorClasses(gateway=GatewayActor, attention=AttentionActor, expert=ExpertActor)
+        options = {"name": f"supervisor-{self._instance}", "lifetime": "detached", "num_cpus": 0, "max_concurrency": 16}
+        self.supervisor: Any = ray.remote(Supervisor).options(**options).remote(self._instance, plan, classes, listen)
+        self._launched = self.supervisor.launch.remote()
+
+    def loading(self) -> Iterator[list[LoadProgress]]:
+        """The progress of each actor, a few times a second, until the server is up; then returns.
+
+        Raises the error that kept it from coming up.
+        """
+        while not ray.wait([self._launched], timeout=0.2)[0]:
+            yield _unwrap(self.supervisor.progress.remote())
+        self.address: str = _unwrap(self._launched)
+        yield _unwrap(self.supervisor.progress.remote())
+
+    def wait(self, stop: threading.Event) -> str:
+        """Block until the server is down or `stop` is set; why it is down, empty if it was told to stop."""
+        ended = self.supervisor.wait.remote()
+        while not stop.is_set():
+            if ray.wait([ended], timeout=0.25)[0]:
+                return str(_unwrap(ended))
+        return ""
+
+    def worker(self) -> Any:
+        """The attention worker's handle."""
+        return _unwrap(self.supervisor.worker.remote())
+
+    def close(self, drain_s: float = 0.0) -> None:
+        """Take everything down, after running requests had `drain_s` seconds."""
+        try:
+            ended = self.supervisor.wait.remote()
+            ray.get(self.supervisor.shutdown.remote(drain_s))
+            ray.wait([ended], timeout=drain_s + 30.0)
+            ray.kill(self.supervisor)
+        except RayError:
+            return
+
+
+def _unwrap(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, NumoeError):
+            raise cause from None
+        raise UnavailableError(f"the supervisor failed: {cause or error}") from error
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set, inside the block; a second one ends the process at once."""
+    stop = threading.Event()
+
+    def on_signal(number: int, _frame: Any) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,94 @@
+"""`numoe demo`: a real model answers, from nothing but this package."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from numoe.deploy.answers import Answer, read_answer
+from numoe.deploy.client import Client
+from numoe.deploy.console import one_line_errors
+from numoe.v1 import chat_pb2
+from numoe.v1 import generation_pb2 as pb
+
+_CONTEXT = 2048
+_console = Console(stderr=True)
+
+
+def demo(prompt: str | None = None, /, *, max_tokens: int = 200, shards: str = "auto") -> int:
+    """Make a small Mixture of Experts, serve it, and let it answer; everything is gone afterwards.
+
+    Parameters
+    ----------
+    prompt
+        What to say to the model; without it, a chat begins.
+    max_tokens
+        Tokens of an answer at most.
+    shards
+        Expert shards: "auto" is one for each NUMA node.
+
+    """
+    with one_line_errors():
+        from numoe.cluster.plan import PlanOptions
+        from numoe.deploy.commands.serve import parse_shards
+        from numoe.deploy.launch import running_server
+
+        start = time.monotonic()
+        options = PlanOptions(context=_CONTEXT, slots=1, shards=parse_shards(shards))
+        with running_server(_model(), options, "127.0.0.1:0") as server, Client(server.address) as client:
+            _console.print(f"ready after {time.monotonic() - start:.1f} s", style="dim", highlight=False)
+            if prompt is not None:
+                _say(client, [_message("user", prompt)], max_tokens)
+            else:
+                _chat(client, max_tokens)
+    return 0
+
+
+def _model() -> str:
+    from numoe.deploy.demo import demo_model
+
+    columns = (TextColumn("making the demo model (once)"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, console=_console, transient=True) as bars:
+        task = bars.add_task("", total=None, visible=False)
+        return str(demo_model(lambda done, total: bars.update(task, completed=done, total=total, visible=True)))
+
+
+def _message(role: str, content: str) -> chat_pb2.ChatMessage:
+    return chat_pb2.ChatMessage(role=role, content=content)
+
+
+def _chat(client: Client, max_tokens: int) -> None:
+    """Take turns until end of input or Ctrl-C."""
+    _console.print("Say something; Ctrl-D ends the chat.", style="dim")
+    history: list[chat_pb2.ChatMessage] = []
+    while True:
+        try:
+            text = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if text.strip():
+            history.append(_message("user", text))
+            history.append(_message("assistant", _say(client, history, max_tokens)))
+
+
+def _say(client: Client, messages: list[chat_pb2.ChatMessage], max_tokens: int) -> str:
+    """Send a conversation, print the answer as it comes and its timings; the answer."""
+    request = pb.GenerateRequest(
+        chat=pb.ChatPrompt(messages=messages),
+        sampling=pb.SamplingOptions(temperature=0.0),
+        stopping=pb.StopOptions(max_tokens=max_tokens),
+    )
+    answer = Answer()
+    read_answer(client.generate(request, None), _print_text, answer)
+    print(flush=True)
+    _console.print(answer.speed(), style="dim", highlight=False)
+    return answer.text
+
+
+def _print_text(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,71 @@
+"""`numoe serve`: bring up a server and stay until it is told to stop."""
+
+from __future__ import annotations
+
+from numoe.deploy.client import DEFAULT_ADDRESS
+from numoe.deploy.console import one_line_errors
+from numoe.engine.errors import InputError, UnavailableError
+
+DRAIN_S = 30.0
+
+
+def serve(
+    model: str,
+    /,
+    *,
+    listen: str = DEFAULT_ADDRESS,
+    ctx_size: int | None = None,
+    parallel: int | None = None,
+    threads: int | None = None,
+    shards: str = "auto",
+    chunk: int | None = None,
+    queue: int | None = None,
+) -> int:
+    """Serve a GGUF model over gRPC until Ctrl-C, SIGTERM or `numoe stop`.
+
+    Parameters
+    ----------
+    model
+        The GGUF file; of a split model, any part.
+    listen
+        HOST:PORT, or unix:PATH.
+    ctx_size
+        Tokens that one request may hold, prompt and answer together; if not given, what the model
+        was trained for, but at most 8192.
+    parallel
+        Requests that run at once; 4 if not given. Each has room for --ctx-size tokens.
+    threads
+        Threads that compute; all processors if not given.
+    shards
+        Expert shards: "auto" is one for each NUMA node.
+    chunk
+        Prompt tokens that one step takes in; 256 if not given. Running answers wait no longer than that.
+    queue
+        Requests that may wait for a slot; 64 if not given.
+
+    """
+    with one_line_errors():
+        from numoe.cluster.plan import PlanOptions
+        from numoe.deploy.cluster import stop_signals
+        from numoe.deploy.launch import running_server
+
+        options = PlanOptions(
+            context=ctx_size, slots=parallel, threads=threads, shards=parse_shards(shards), chunk=chunk, queue=queue
+        )
+        with stop_signals() as stop, running_server(model, options, listen) as server:
+            print(f"numoe serves {server.plan.model} at {server.address} (Ctrl-C stops it)", flush=True)
+            why = server.wait(stop)
+            if stop.is_set():
+                server.close(DRAIN_S)
+            if why:
+                raise UnavailableError(why)
+    return 0
+
+
+def parse_shards(text: str) -> int | None:
+    """The number of shards, None for "auto"."""
+    if text == "auto":
+        return None
+    if not text.isdigit():
+        raise InputError(f"--shards {text} is neither 'auto' nor a number")
+    return int(text)

@@ -1,0 +1,102 @@
+"""From a model file to a running server, with everything checked first and progress shown."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from numoe.actors.gateway.actor import server_context
+from numoe.actors.gateway.listen import parse_listen, require_free
+from numoe.cluster.plan import Plan, PlanOptions, check_memory, make_plan
+from numoe.cluster.status import LoadProgress
+from numoe.cluster.topology import read_topology
+from numoe.deploy.cluster import Server, start_ray
+from numoe.deploy.kernels import KernelBuild
+from numoe.engine import shm
+from numoe.engine.gguf import GgufFile
+from numoe.engine.models.config import ModelConfig
+from numoe.engine.worker.requirements import check_kernel_shapes
+
+_console = Console(stderr=True)
+
+
+def plan_model(path: str | Path, options: PlanOptions) -> tuple[Plan, KernelBuild]:
+    """Check a model file and this host, and begin to compile what it needs.
+
+    Raises NumoeError for a file that cannot be served, options that make no sense, too little memory.
+    """
+    with GgufFile.open(path) as gguf:
+        gguf.check_weight_types()
+        config = ModelConfig.from_gguf(gguf)
+        check_kernel_shapes(config)
+        shm.remove_stale()
+        plan = make_plan(config, gguf, read_topology(), options)
+        check_memory(plan)
+        return plan, KernelBuild(gguf)
+
+
+@contextmanager
+def running_server(path: str | Path, options: PlanOptions, listen: str | None) -> Iterator[Server]:
+    """A server that is up inside the block and gone after it; without `listen`, one without a gateway."""
+    if listen is not None:
+        require_free(parse_listen(listen))
+    plan, build = plan_model(path, options)
+    server = None
+    try:
+        if listen is not None:
+            server_context(plan)  # a tokenizer or template that is broken ends it here
+        started_here = start_ray()
+        try:
+            _show_compiling(build)
+            server = Server(plan, listen)
+            _show_loading(server)
+            yield server
+        finally:
+            if server is not None:
+                server.close()
+            if started_here:
+                ray.shutdown()
+    finally:
+        build.cancel()
+
+
+def _show_compiling(build: KernelBuild) -> None:
+    if not build.missing:
+        return
+    columns = (TextColumn("compiling kernels (once on this machine)"), BarColumn(), TextColumn("{task.fields[name]}"))
+    with Progress(*columns, console=_console, transient=True) as bars:
+        task = bars.add_task("", total=len(build.missing), name="")
+
+        def on_done(name: str) -> None:
+            bars.update(task, advance=1, name=f"{int(bars.tasks[0].completed) + 1}/{len(build.missing)} {name}")
+
+        build.wait(on_done)
+
+
+def _show_loading(server: Server) -> None:
+    """One bar for each actor that loads: bytes, GB/s."""
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), TextColumn("{task.fields[speed]}"))
+    start, interactive = time.monotonic(), sys.stderr.isatty()
+    with Progress(*columns, console=_console, transient=interactive) as bars:
+        tasks: dict[str, TaskID] = {}
+        for actors in server.loading():
+            for actor in actors:
+                if actor.name not in tasks:
+                    tasks[actor.name] = bars.add_task(f"loading {actor.name}", total=None, speed="")
+                bars.update(
+                    tasks[actor.name], completed=actor.done, total=actor.total or None, speed=_loaded(actor)
+                )
+    if not interactive:
+        _console.print(f"loaded {server.plan.total_bytes / 1e9:.2f} GB in {time.monotonic() - start:.1f} s")
+
+
+def _loaded(actor: LoadProgress) -> str:
+    rate = actor.done / actor.seconds / 1e9 if actor.seconds else 0.0
+    return f"{actor.done / 1e9:.2f} of {actor.total / 1e9:.2f} GB, {rate:.2f} GB/s"
