@@ -3,6 +3,8 @@
 # ruff: noqa: N802, ARG002 -- gRPC gives the methods their names and arguments
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import math
 from typing import Any
 
@@ -20,6 +22,7 @@ from numoe.v1 import admin_pb2_grpc
 
 DEFAULT_DRAIN_S = 30.0
 MAX_DRAIN_S = 86_400.0
+ENGINE_TIMEOUT_S = 5.0  # a hung worker must not hide the rest of the status
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -61,7 +64,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
 
     @answers_errors
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
-        """Tell as much as can be told: the worker's part is empty while it is down."""
+        """Tell as much as can be told: the worker's part is empty while it is down or hangs."""
         response = pb.GetStatusResponse(
             version=self._context.version,
             state=_SERVER_STATES[self._lifecycle.state],
@@ -69,11 +72,10 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             model=model_message(self._context),
             queue=pb.QueueStatus(streams=len(self._streams)),
         )
-        try:
-            response.actors.extend(_actor_message(actor) for actor in await self._engine.actors())
-            _add_worker(response, await self._engine.status())
-        except UnavailableError:
-            pass
+        with contextlib.suppress(UnavailableError, TimeoutError):
+            async with asyncio.timeout(ENGINE_TIMEOUT_S):
+                response.actors.extend(_actor_message(actor) for actor in await self._engine.actors())
+                _add_worker(response, await self._engine.status())
         return response
 
     @answers_errors

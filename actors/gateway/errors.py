@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
+from numoe.actors.gateway.malformed import Malformed
 from numoe.engine.errors import (
     InputError,
     ModelFileError,
@@ -119,10 +120,10 @@ def answers_errors(handler: Handler) -> Handler:
 
     @functools.wraps(handler)
     async def answer(
-        servicer: object, request: Message, context: grpc.aio.ServicerContext[Any, Any]
+        servicer: object, request: Message | Malformed, context: grpc.aio.ServicerContext[Any, Any]
     ) -> object:
         try:
-            return await handler(servicer, request, context)
+            return await handler(servicer, _decoded(request), context)
         except NumoeError as error:
             status = status_of(error)
         except Exception:
@@ -132,6 +133,12 @@ def answers_errors(handler: Handler) -> Handler:
         return None
 
     return answer  # type: ignore[return-value]
+
+
+def _decoded(request: Message | Malformed) -> Message:
+    if isinstance(request, Malformed):
+        raise BadRequestError([Violation("request", f"cannot be decoded: {request.reason}")])
+    return request
 
 
 def _packed(detail: Message) -> any_pb2.Any:

@@ -16,6 +16,7 @@ from numoe.actors.gateway.generation import GenerationServicer
 from numoe.actors.gateway.interfaces import EngineClient, ServerContext
 from numoe.actors.gateway.lifecycle import Lifecycle, LifecycleState
 from numoe.actors.gateway.listen import ListenAddress, bind_error, parse_listen, require_free
+from numoe.actors.gateway.malformed import MalformedRequests
 from numoe.actors.gateway.model import ModelServicer
 from numoe.actors.gateway.streams import RequestStreams
 from numoe.actors.gateway.tokenizer import TokenizerServicer
@@ -108,7 +109,7 @@ def build_server(
     """
     address = parse_listen(listen)
     require_free(address)
-    server = grpc.aio.server(options=_options(context))
+    server = grpc.aio.server(options=_options(context), interceptors=[MalformedRequests()])
     lifecycle = Lifecycle((GENERATION,), OTHERS)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(
         GenerationServicer(context, engine, streams, lifecycle), server

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 from numoe.deploy.answers import Answer, read_answer
 from numoe.deploy.client import Client
 from numoe.deploy.console import INTERRUPTED, Address, one_line_errors
-from numoe.engine.errors import InputError
+from numoe.engine.errors import InputError, NumoeError
 from numoe.v1 import chat_pb2
 from numoe.v1 import generation_pb2 as pb
 
@@ -148,6 +148,10 @@ def _run(client: Client, request: pb.GenerateRequest, timeout_s: float | None, *
     except KeyboardInterrupt:
         stream.close()  # type: ignore[attr-defined]  # a generator: cancels the call now
         code = INTERRUPTED
+    except NumoeError:
+        if answer.text and not json_output:
+            print(flush=True)  # the error begins on a line of its own
+        raise
     except BrokenPipeError:  # the reader, `head` perhaps, has enough
         stream.close()  # type: ignore[attr-defined]
         _discard_stdout()

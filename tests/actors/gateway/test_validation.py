@@ -209,6 +209,22 @@ def _check_promises(request: object) -> None:
     assert 0 <= sampling.seed < 2**64
 
 
+@pytest.mark.parametrize("method", ["GenerationService/Generate", "AdminService/GetStatus"])
+@in_loop
+async def test_bytes_that_are_no_request_are_an_invalid_argument(method: str) -> None:
+    async with serving() as gateway:
+        path = f"/numoe.v1.{method}"
+        for data in (b"\xff" * 10, b"\x0a\x02\xff\xfe", b"\x0a\xff\xff\xff\xff\x0f"):
+            call = gateway.channel.unary_stream(path, request_serializer=None, response_deserializer=None)(
+                data
+            )
+            try:
+                await call.read()
+            except grpc.aio.AioRpcError as error:
+                assert error.code() is grpc.StatusCode.INVALID_ARGUMENT  # noqa: PT017
+        assert (await gateway.generate()).text == "hello"
+
+
 def test_every_numoe_error_has_a_status() -> None:
     from numoe.actors.gateway.errors import status_of
 
