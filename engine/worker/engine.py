@@ -15,6 +15,8 @@ from numoe.engine.requests import Event, FinishReason, GenerationRequest, Worker
 from numoe.engine.scheduler import Batch, Scheduler
 from numoe.engine.worker.forward import CpuForward
 
+_REMEMBERED_ABORTS = 1024
+
 
 class Engine:
     """Scheduler and forward pass together; `run` is the loop, everything else may be called beside it.
@@ -26,6 +28,7 @@ class Engine:
         self._scheduler, self._forward, self._emit = scheduler, forward, emit
         self._changed = threading.Condition()
         self._stopping = False
+        self._overtaken: dict[str, FinishReason] = {}
         self._steps, self._step_ms = 0, {"total": 0.0}
 
     def submit(self, request: GenerationRequest) -> None:
@@ -34,12 +37,18 @@ class Engine:
             if self._stopping:
                 raise UnavailableError("the server is stopping and takes no new requests")
             self._scheduler.submit(request)
+            if (reason := self._overtaken.pop(request.request_id, None)) is not None:
+                self._scheduler.abort(request.request_id, reason)
             self._changed.notify()
 
     def abort(self, request_id: str, reason: FinishReason = "cancelled") -> None:
         """End a request: its slot is free when this returns, its Finished event follows."""
         with self._changed:
-            self._scheduler.abort(request_id, reason)
+            if not self._scheduler.abort(request_id, reason):
+                # The call may have overtaken the request's own: remember it for `submit`.
+                self._overtaken[request_id] = reason
+                while len(self._overtaken) > _REMEMBERED_ABORTS:
+                    del self._overtaken[next(iter(self._overtaken))]
             self._changed.notify()
 
     def status(self) -> WorkerStatus:

@@ -1,0 +1,122 @@
+"""Fixed-size KV pages: an allocator with reference counts, and a page table per sequence.
+
+Only ids live here; the memory that they name belongs to the attention backend.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from numoe.engine.errors import ResourceError
+
+PAGE_TOKENS = 256
+"""Tokens in a page: also the chunk that the prompt cache hashes, so that a full page is a chunk."""
+
+
+def pages_for(n_tokens: int) -> int:
+    """Pages that `n_tokens` tokens occupy."""
+    return -(-n_tokens // PAGE_TOKENS)
+
+
+class PageAllocator:
+    """Hands out the page ids 0 … n_pages - 1 and counts who holds each.
+
+    Not thread-safe: the scheduler, its one user, runs in the step loop.
+    """
+
+    def __init__(self, n_pages: int) -> None:
+        if n_pages < 1:
+            raise ResourceError(f"a KV cache of {n_pages} pages holds nothing; it needs at least one")
+        self._references = [0] * n_pages
+        self._free = list(range(n_pages - 1, -1, -1))
+
+    @property
+    def n_pages(self) -> int:
+        """All pages, free or not."""
+        return len(self._references)
+
+    @property
+    def n_free(self) -> int:
+        """Pages that nobody holds."""
+        return len(self._free)
+
+    @property
+    def n_used(self) -> int:
+        """Pages with at least one holder; a shared page counts once."""
+        return self.n_pages - self.n_free
+
+    def references(self, page: int) -> int:
+        """How many hold `page`; 0 when it is free."""
+        return self._references[page]
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` free pages, each with one reference: all of them or, with ResourceError, none."""
+        if count > self.n_free:
+            raise ResourceError(
+                f"the KV cache has {self.n_free} of {self.n_pages} pages free and {count} are needed: "
+                "wait for a request to end, or give the cache more memory"
+            )
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._references[page] = 1
+        return pages
+
+    def share(self, pages: Iterable[int]) -> None:
+        """Add a reference to each of `pages`, which somebody holds already."""
+        pages = list(pages)
+        self._require_held(pages, times=1)
+        for page in pages:
+            self._references[page] += 1
+
+    def free(self, pages: Iterable[int]) -> None:
+        """Drop a reference of each of `pages`; a page without references can be allocated again."""
+        pages = list(pages)
+        for page, times in Counter(pages).items():
+            self._require_held([page], times)
+        for page in pages:
+            self._references[page] -= 1
+            if self._references[page] == 0:
+                self._free.append(page)
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless every page is either free once or held."""
+        if len(set(self._free)) != len(self._free):
+            raise RuntimeError("a KV page is on the free list twice")
+        for page in self._free:
+            if self._references[page] != 0:
+                raise RuntimeError(f"KV page {page} is free and has {self._references[page]} references")
+        held = sum(count > 0 for count in self._references)
+        if held + self.n_free != self.n_pages:
+            raise RuntimeError(f"{held} KV pages held and {self.n_free} free do not make {self.n_pages}")
+
+    def _require_held(self, pages: list[int], times: int) -> None:
+        for page in pages:
+            if not 0 <= page < self.n_pages or self._references[page] < times:
+                raise RuntimeError(f"KV page {page} is not held by {times}; it cannot be shared or freed")
+
+
+class PageTable:
+    """The pages of one sequence, in order: token `t` lies in `pages[t // PAGE_TOKENS]`."""
+
+    def __init__(self, allocator: PageAllocator) -> None:
+        self.pages: list[int] = []
+        self._allocator = allocator
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the pages have room for."""
+        return len(self.pages) * PAGE_TOKENS
+
+    def missing(self, n_tokens: int) -> int:
+        """Pages still to be allocated before `n_tokens` tokens fit."""
+        return max(0, pages_for(n_tokens) - len(self.pages))
+
+    def ensure(self, n_tokens: int) -> None:
+        """Make room for `n_tokens` tokens in all; ResourceError, and no change, if the pages run out."""
+        self.pages += self._allocator.allocate(self.missing(n_tokens))
+
+    def release(self) -> None:
+        """Give all pages back; the table is empty afterwards."""
+        self._allocator.free(self.pages)
+        self.pages = []

@@ -1,0 +1,61 @@
+"""A request while it lives in the scheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from numoe.engine.kv.pages import PageTable
+from numoe.engine.requests import GenerationRequest, Timings
+from numoe.engine.sampling import Sampler
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request's tokens and how far they are computed.
+
+    tokens:   the prompt and what was generated. computed: how many of them are in the KV cache.
+    slot:     None while it waits. Times are the scheduler's clock, seconds; None before they happen.
+    """
+
+    request: GenerationRequest
+    sampler: Sampler
+    table: PageTable
+    submitted: float
+    tokens: list[int] = field(default_factory=list)
+    computed: int = 0
+    slot: int | None = None
+    admitted: float | None = None
+    first_token: float | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.token_ids)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.token_ids)
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are not in the KV cache yet: one in decode, more in prefill."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether the next step only needs the token generated last."""
+        return self.generated > 0 and self.pending == 1
+
+    def timings(self, now: float) -> Timings:
+        """Milliseconds spent so far, by phase."""
+        admitted = now if self.admitted is None else self.admitted
+        first_token = now if self.first_token is None else self.first_token
+        return Timings(
+            queued_ms=1e3 * (admitted - self.submitted),
+            prefill_ms=1e3 * (first_token - admitted),
+            decode_ms=1e3 * (now - first_token),
+        )
