@@ -17,7 +17,7 @@ class Malformed(NamedTuple):
     reason: str
 
 
-class MalformedRequests(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types here
+class MalformedRequests(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic only in its stubs
     """Hands undecodable requests of numoe's services to their handlers as `Malformed`."""
 
     async def intercept_service(
