@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self, TypeVar
 
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read at import; its log lines would mix with ours
+
 import grpc
 
 from numoe.engine.errors import InputError, NotFoundError, NumoeError, ResourceError, UnavailableError
@@ -90,9 +92,7 @@ class Client:
 
     def model(self) -> model_pb2.Model:
         """Describe the model that is served."""
-        response = self._call(
-            lambda: self.models.GetModel(model_pb2.GetModelRequest(), timeout=CALL_TIMEOUT_S)
-        )
+        response = self._call(lambda: self.models.GetModel(model_pb2.GetModelRequest(), timeout=CALL_TIMEOUT_S))
         return response.model
 
     def shutdown(self, drain_s: float) -> int:

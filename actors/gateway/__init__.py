@@ -7,7 +7,6 @@ from numoe.actors.gateway.interfaces import (
     Limits,
     ModelInfo,
     ServerContext,
-    Tokenizer,
 )
 from numoe.actors.gateway.server import GatewayServer, build_server
 from numoe.actors.gateway.streams import RequestStreams
@@ -21,6 +20,5 @@ __all__ = [
     "ModelInfo",
     "RequestStreams",
     "ServerContext",
-    "Tokenizer",
     "build_server",
 ]

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from numoe.engine.requests import GenerationRequest, WorkerStatus
+from numoe.engine.text import Tokenizer
 
 ActorRole = Literal["gateway", "attention", "expert", "supervisor"]
 ActorState = Literal["starting", "running", "restarting", "draining", "dead"]
@@ -54,23 +55,6 @@ class EngineClient(Protocol):
 
         The running requests get `deadline_s` seconds; the gateway is the last to go.
         """
-
-
-class Tokenizer(Protocol):
-    """The part of `numoe.engine.text.Tokenizer` that the gateway uses."""
-
-    @property
-    def eog_ids(self) -> frozenset[int]:
-        """Tokens that end a generation."""
-
-    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
-        """Token ids of a text."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, U+FFFD for bytes that are not UTF-8."""
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes one token stands for."""
 
 
 class ChatTemplate(Protocol):

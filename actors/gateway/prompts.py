@@ -46,9 +46,7 @@ async def render_chat(
         raise UnsupportedError(f"{context.model.name} has no chat template: send text or token_ids")
     values = [{"role": message.role, "content": message.content} for message in messages]
     size = sum(len(value["content"]) for value in values)
-    return await off_loop(
-        size, context.chat_template.render, values, add_generation_prompt=add_generation_prompt
-    )
+    return await off_loop(size, context.chat_template.render, values, add_generation_prompt=add_generation_prompt)
 
 
 async def prompt_tokens(context: ServerContext, request: pb.GenerateRequest) -> tuple[str, list[int]]:
@@ -60,8 +58,7 @@ async def prompt_tokens(context: ServerContext, request: pb.GenerateRequest) -> 
     chat = request.chat
     opened = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
     text = await render_chat(context, chat.messages, add_generation_prompt=opened)
-    # A template writes the special tokens itself, beginning-of-sequence included.
-    return "chat", await off_loop(len(text), context.tokenizer.encode, text, add_special=False)
+    return "chat", await off_loop(len(text), context.tokenizer.encode_chat, text)
 
 
 async def generation_request(

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from numoe.actors.gateway.errors import DeadlineError, GenerationFailedError
-from numoe.actors.gateway.interfaces import Tokenizer
 from numoe.engine.errors import NumoeError
 from numoe.engine.requests import (
     Event,
@@ -19,7 +18,7 @@ from numoe.engine.requests import (
     Timings,
     TokenGenerated,
 )
-from numoe.engine.text import StopMatcher, StreamDecoder
+from numoe.engine.text import StopMatcher, StreamDecoder, Tokenizer
 from numoe.v1 import generation_pb2 as pb
 
 _REASONS = {
@@ -40,13 +39,15 @@ class _Held(NamedTuple):
 class AnswerText:
     """Assembles text from tokens: whole characters only, and nothing of a stop string.
 
+    Control tokens have no text, as llama-server has it.
+
     A token is taken together with the text that it completes.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str]) -> None:
         self._tokenizer = tokenizer
-        self._decoder = StreamDecoder(tokenizer)
-        self._matcher = StopMatcher(list(stop_strings))
+        self._decoder = StreamDecoder(tokenizer, skip_special=True)
+        self._matcher = StopMatcher(stop_strings)
         self._held: deque[_Held] = deque()
         self._ready: list[str] = []
         self._decoded = 0  # characters decoded so far
@@ -56,8 +57,7 @@ class AnswerText:
     def push(self, token: TokenGenerated) -> None:
         """Add a token; sets `stop_string` if its text completes one."""
         start, piece = self._decoded, self._decoder.push(token.token_id)
-        # Bytes without a character wait for the character's rest; a control token has no bytes.
-        waits = not piece and bool(self._tokenizer.token_bytes(token.token_id))
+        waits = not piece and self._has_bytes(token.token_id)  # for the rest of a character
         self._held.append(_Held(token, start, start + len(piece) + waits))
         self._match(piece)
 
@@ -85,6 +85,9 @@ class AnswerText:
         tokens += [held.token for held in self._held if not stopped or held.start < self._released]
         self._held.clear()
         return text, tokens
+
+    def _has_bytes(self, token_id: int) -> bool:
+        return not self._tokenizer.is_special(token_id) and bool(self._tokenizer.token_bytes(token_id))
 
     def _match(self, piece: str) -> None:
         self._decoded += len(piece)
@@ -193,9 +196,7 @@ class Replies:
         return pb.GenerateResponse(
             finished=pb.Finished(
                 reason=reason,
-                usage=pb.Usage(
-                    prompt_tokens=prompt, cached_tokens=self._cached_tokens, completion_tokens=tokens
-                ),
+                usage=pb.Usage(prompt_tokens=prompt, cached_tokens=self._cached_tokens, completion_tokens=tokens),
                 timings=pb.Timings(
                     queued_ms=timings.queued_ms,
                     prefill_ms=timings.prefill_ms,

@@ -462,7 +462,7 @@ class Tokens(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """The text; exactly the next piece, so that the pieces concatenate."""
+    """The text; exactly the next piece, so that the pieces concatenate. Control tokens have none."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The tokens that this text completes. Tokens of a character that is not complete yet, or of

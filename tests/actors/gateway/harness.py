@@ -48,6 +48,7 @@ class ByteTokenizer:
     """One token per byte, three control tokens, and multi-byte tokens from 259 on."""
 
     eog_ids = frozenset({EOG})
+    adds_space_prefix = False
 
     def __init__(self, words: Sequence[bytes] = ()) -> None:
         self._words = list(words)
@@ -55,12 +56,20 @@ class ByteTokenizer:
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:  # noqa: ARG002
         return [BOS] * add_special + list(text.encode())
 
+    def encode_chat(self, rendered: str) -> list[int]:
+        return self.encode(rendered, add_special=False)
+
     def decode(self, ids: Sequence[int]) -> str:
         return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+
+    def is_special(self, token_id: int) -> bool:
+        return BOS <= token_id <= CONTROL
 
     def token_bytes(self, token_id: int) -> bytes:
         if token_id < BOS:
             return bytes([token_id])
+        if token_id <= CONTROL:
+            return b"<control>"
         word = token_id - CONTROL - 1
         return self._words[word] if 0 <= word < len(self._words) else b""
 
@@ -247,9 +256,7 @@ async def serving(
     engine = ScriptedEngine(streams, **script)
     context = ServerContext(
         tokenizer=ByteTokenizer(words),
-        model=ModelInfo(
-            name="tiny", architecture="llama", context_tokens=CONTEXT, vocab_size=VOCAB_SIZE, eos_id=EOG
-        ),
+        model=ModelInfo(name="tiny", architecture="llama", context_tokens=CONTEXT, vocab_size=VOCAB_SIZE, eos_id=EOG),
         version="1.2.3",
         chat_template=PlainTemplate() if template else None,
         limits=limits or Limits(),

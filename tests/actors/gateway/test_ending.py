@@ -45,9 +45,7 @@ async def test_a_caller_who_disconnects_aborts_his_request() -> None:
 async def test_the_calls_deadline_reaches_the_worker_and_aborts_when_it_passes() -> None:
     async with serving(reason=None) as gateway:
         began = time.time()
-        failed = await refusal(
-            _read_all(gateway.generation.Generate(pb.GenerateRequest(text="a"), timeout=0.3))
-        )
+        failed = await refusal(_read_all(gateway.generation.Generate(pb.GenerateRequest(text="a"), timeout=0.3)))
         assert failed.code is grpc.StatusCode.DEADLINE_EXCEEDED
         deadline = gateway.engine.requests[0].deadline
         assert deadline is not None

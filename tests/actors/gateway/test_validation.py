@@ -215,9 +215,7 @@ async def test_bytes_that_are_no_request_are_an_invalid_argument(method: str) ->
     async with serving() as gateway:
         path = f"/numoe.v1.{method}"
         for data in (b"\xff" * 10, b"\x0a\x02\xff\xfe", b"\x0a\xff\xff\xff\xff\x0f"):
-            call = gateway.channel.unary_stream(path, request_serializer=None, response_deserializer=None)(
-                data
-            )
+            call = gateway.channel.unary_stream(path, request_serializer=None, response_deserializer=None)(data)
             try:
                 await call.read()
             except grpc.aio.AioRpcError as error:
