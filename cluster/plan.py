@@ -57,7 +57,7 @@ class ShardPlacement:
 class Plan:
     """Everything the actors need to know to start; a value that is sent to each of them.
 
-    Bytes: dense_bytes of the attention side's weights, kv_bytes of its pages, mailbox_bytes.
+    cpus: processors that may be used. Bytes: dense_bytes of the attention side's weights, kv_bytes of its pages, mailbox_bytes.
     """
 
     model: str
@@ -66,6 +66,7 @@ class Plan:
     chunk: int
     queue: int
     n_pages: int
+    cpus: int
     attention_threads: int
     shards: tuple[ShardPlacement, ...]
     dense_bytes: int
@@ -114,6 +115,7 @@ def make_plan(config: ModelConfig, gguf: GgufFile, topology: Topology, options: 
         chunk=chunk,
         queue=queue,
         n_pages=pages,
+        cpus=topology.cpus,
         attention_threads=threads,
         shards=shards,
         dense_bytes=sum(_packed_bytes(gguf, name) for name in dense_tensor_names(gguf)),

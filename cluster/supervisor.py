@@ -30,9 +30,7 @@ NAMESPACE = "numoe"
 _PLACEMENT_TIMEOUT_S = 30.0
 _CALL_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 10.0
-# Ray's unit is a processor. The actors together take the plan's threads, and never more than a
-# host of two processors has: attention and experts alternate on the same ones.
-_GATEWAY_CPUS = 0.1
+_SMALL_CPUS = 0.1  # what Ray books for an actor that computes little, or alternates with others
 
 
 class ActorClasses(msgspec.Struct, frozen=True):
@@ -119,7 +117,7 @@ class Supervisor:
 
     def _place(self) -> None:
         plan = self._plan
-        bundles = [{"CPU": _GATEWAY_CPUS}, *({"CPU": cpus} for cpus in self._cpus())]
+        bundles = [{"CPU": _SMALL_CPUS}, *({"CPU": cpus} for cpus in self._cpus())]
         self._group = placement_group(bundles, strategy="STRICT_PACK", name=f"numoe-{self._instance}")
         if not self._group.wait(_PLACEMENT_TIMEOUT_S):
             raise ResourceError(
@@ -138,10 +136,15 @@ class Supervisor:
             member.pid, member.host, member.numa_node = who.pid, who.host, who.numa_node
 
     def _cpus(self) -> Iterator[float]:
-        """Processors that Ray books for the attention worker and for each shard."""
-        yield 0.1
-        for shard in self._plan.shards:
-            yield max(0.1, shard.threads - 0.4 / len(self._plan.shards))
+        """Processors that Ray books for the attention worker and for each shard.
+
+        They take turns on the same ones; together with the gateway they stay below what the plan
+        may use, so that a host of two processors serves any number of shards.
+        """
+        plan = self._plan
+        yield _SMALL_CPUS
+        for _ in plan.shards:
+            yield round(max(_SMALL_CPUS, (min(plan.attention_threads, plan.cpus) - 0.4) / len(plan.shards)), 3)
 
     def _spawn(self, cls: Any, bundle: int, concurrency: int, *args: Any) -> Any:
         assert self._group is not None

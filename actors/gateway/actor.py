@@ -18,7 +18,6 @@ from numoe.engine.errors import NumoeError, UnavailableError
 from numoe.engine.gguf import GgufFile
 from numoe.engine.models.config import ModelConfig
 from numoe.engine.requests import Event, GenerationRequest, WorkerStatus
-from numoe.engine.text import ChatTemplate, Tokenizer
 
 T = TypeVar("T")
 
@@ -109,6 +108,8 @@ class GatewayActor:
 
 def server_context(plan: Plan) -> ServerContext:
     """The tokenizer, templates and facts of a model file."""
+    from numoe.engine.text import ChatTemplate, Tokenizer
+
     with GgufFile.open(plan.model) as gguf:
         config, metadata = ModelConfig.from_gguf(gguf), gguf.metadata
         tokenizer = Tokenizer.from_metadata(metadata)

@@ -42,8 +42,7 @@ class Kernel:
     """A kernel, compiled on first use and cached on disk."""
 
     def __init__(self, function: Callable[[int, int, int, int], None]) -> None:
-        self.function = function
-        functools.update_wrapper(self, function)
+        self.function, self.__doc__ = function, function.__doc__
 
     @functools.cached_property
     def compiled(self) -> Any:

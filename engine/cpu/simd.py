@@ -153,7 +153,8 @@ def _to_f16(b: Builder, x: Value) -> Value:
     infinite = b.icmp_unsigned(">=", magnitude, _const(i32x16, 0x47800000))
     value = b.select(infinite, _const(i32x16, 0x7C00), value)
     nan = b.icmp_unsigned(">", magnitude, _const(i32x16, 0x7F800000))
-    value = b.or_(b.select(nan, _const(i32x16, 0x7E00), value), b.and_(b.lshr(bits, _const(i32x16, 16)), _const(i32x16, 0x8000)))
+    sign = b.and_(b.lshr(bits, _const(i32x16, 16)), _const(i32x16, 0x8000))
+    value = b.or_(b.select(nan, _const(i32x16, 0x7E00), value), sign)
     return b.bitcast(b.trunc(value, ir.VectorType(_ELEMENTS["i16"], 16)), ir.VectorType(ir.HalfType(), 16))
 
 

@@ -192,12 +192,12 @@ def tile_float(typingctx: Any, acc: Any, weights: Any, x: Any, column: Any) -> A
 
 def _columns(b: Any, codes: Value) -> list[tuple[int, Value]]:
     """The codes of eight vectors as int32: (column, sixteen rows) pairs."""
-    found = []
-    for j, code in enumerate(cgutils.unpack_tuple(b, codes)):
-        wide = b.bitcast(code, i32x16.llvm)
-        for i in range(4):
-            found.append((4 * j + i, b.and_(b.lshr(wide, _const(i32x16, 8 * i)), _const(i32x16, 255))))
-    return found
+    byte = _const(i32x16, 255)
+    return [
+        (4 * j + i, b.and_(b.lshr(b.bitcast(code, i32x16.llvm), _const(i32x16, 8 * i)), byte))
+        for j, code in enumerate(cgutils.unpack_tuple(b, codes))
+        for i in range(4)
+    ]
 
 
 def _store_column(b: Any, out: Value, column: int, value: Value) -> None:

@@ -145,7 +145,8 @@ def _nibbles(packed: Bytes) -> Bytes:
 def _pack_float(raw: Bytes, shape: Shape, groups: Bytes) -> None:
     size = shape.format.tile_bytes // (GROUP_ROWS * BLOCK_COLS)
     split = raw.reshape(-1, GROUP_ROWS, shape.blocks, BLOCK_COLS, size)
-    _store(groups, shape, 0, np.ascontiguousarray(split.transpose(0, 2, 3, 1, 4)).reshape(len(groups), shape.blocks, -1))
+    columns = np.ascontiguousarray(split.transpose(0, 2, 3, 1, 4))
+    _store(groups, shape, 0, columns.reshape(len(groups), shape.blocks, -1))
 
 
 def _pack_q8_0(raw: Bytes, shape: Shape, groups: Bytes) -> None:

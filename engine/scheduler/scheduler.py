@@ -263,7 +263,7 @@ class Scheduler:
         self._allocator.check_integrity()
         held = sum(len(sequence.table.pages) for sequence in self._running())
         if held != self._allocator.n_used:
-            raise RuntimeError(f"running sequences hold {held} KV pages, the allocator gave out {self._allocator.n_used}")
+            raise RuntimeError(f"sequences hold {held} KV pages, the allocator gave out {self._allocator.n_used}")
         for slot, sequence in enumerate(self._slots):
             if sequence is not None and (sequence.slot != slot or sequence.table.capacity < sequence.computed):
                 raise RuntimeError(f"slot {slot} and its sequence disagree")

@@ -59,22 +59,25 @@ class DenseWeights:
         self.vectors: dict[str, npt.NDArray[np.float32]] = {}
         with ThreadPoolExecutor(threads, thread_name_prefix="numoe-load") as pool:
             for name in names:
-                info = gguf.tensors[name]
-                if len(info.shape) == 1:
+                if len(gguf.tensors[name].shape) == 1:
                     self.vectors[name] = _aligned_floats(gguf.dequantize(name))
-                    continue
-                rows, cols = info.shape
-                shape = shape_of(info.qtype, rows, cols)
-                matrix = PackedMatrix(shape, aligned_bytes(shape.nbytes))
-                raw, groups = gguf.read(name), matrix.data.reshape(shape.groups, shape.group_bytes)
+                else:
+                    self.matrices[name] = _load_matrix(gguf, name, pool, progress)
 
-                def pack_part(start: int, raw: npt.NDArray[np.uint8] = raw, groups=groups, info=info) -> None:
-                    part = raw[start * GROUP_ROWS : (start + _PART_GROUPS) * GROUP_ROWS]
-                    pack(part, info.qtype, groups[start : start + _PART_GROUPS].reshape(-1))
-                    progress.advance(part.nbytes)
 
-                list(pool.map(pack_part, range(0, shape.groups, _PART_GROUPS)))
-                self.matrices[name] = matrix
+def _load_matrix(gguf: GgufFile, name: str, pool: ThreadPoolExecutor, progress: Progress) -> PackedMatrix:
+    info, raw = gguf.tensors[name], gguf.read(name)
+    shape = shape_of(info.qtype, info.rows, info.shape[-1])
+    matrix = PackedMatrix(shape, aligned_bytes(shape.nbytes))
+    groups = matrix.data.reshape(shape.groups, shape.group_bytes)
+
+    def load_part(start: int) -> None:
+        rows = raw[start * GROUP_ROWS : (start + _PART_GROUPS) * GROUP_ROWS]
+        pack(rows, info.qtype, groups[start : start + _PART_GROUPS].reshape(-1))
+        progress.advance(groups[start : start + _PART_GROUPS].nbytes)
+
+    list(pool.map(load_part, range(0, shape.groups, _PART_GROUPS)))
+    return matrix
 
 
 def _aligned_floats(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
