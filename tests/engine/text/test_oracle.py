@@ -1,0 +1,74 @@
+"""Every vocabulary file in NUMOE_VOCABS, compared with llama.cpp while the test runs.
+
+Set NUMOE_ORACLE to the oracle's Python, NUMOE_ORACLE_LIB to the folder of its llama_lib.py, and
+NUMOE_VOCABS to a folder of vocabulary-only GGUF files (llama.cpp's own are in its models/ folder).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.engine.text.corpus import TEXTS, random_texts
+from numoe.engine.errors import UnsupportedError
+from numoe.engine.text import Tokenizer
+from numoe.engine.text.pretokenizers import PRE_TOKENIZERS
+from tests.engine.text.support import ask_oracle, read_metadata, synthetic, synthetic_sentencepiece, without_some_bytes, write_vocabulary
+
+NEEDED = ("NUMOE_ORACLE", "NUMOE_ORACLE_LIB", "NUMOE_VOCABS")
+MISSING = [name for name in NEEDED if not os.environ.get(name)]
+FILES = [] if MISSING else sorted(Path(os.environ["NUMOE_VOCABS"]).glob("*.gguf"))
+RANDOM_TEXTS = int(os.environ.get("NUMOE_ORACLE_TEXTS", "300"))
+
+pytestmark = [
+    pytest.mark.oracle,
+    pytest.mark.skipif(bool(MISSING), reason=f"needs llama.cpp: set {', '.join(MISSING)}"),
+]
+
+
+def jobs(seed: int) -> list[tuple[str, bool, bool]]:
+    texts = [*TEXTS, *random_texts(RANDOM_TEXTS, seed=seed)]
+    return [(text, special, parse) for text in texts for special, parse in ((True, True), (False, False))]
+
+
+def supported(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_metadata(read_metadata(path))
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_vocabulary_file(path: Path) -> None:
+    tokenizer = supported(path)
+    work = jobs(seed=1)
+    answer = ask_oracle(path, work, vocabulary=True)
+    for (text, special, parse), ids in zip(work, answer["ids"], strict=True):
+        assert tokenizer.encode(text, add_special=special, parse_special=parse) == ids, repr(text)
+    for id_, piece in enumerate(answer["pieces"]):
+        assert tokenizer.token_bytes(id_) == bytes.fromhex(piece), id_
+    assert sorted(tokenizer.eog_ids) == answer["eog"]
+
+
+def check(metadata: dict[str, Any], path: Path, seed: int) -> None:
+    write_vocabulary(path, metadata)
+    tokenizer = Tokenizer.from_metadata(metadata)
+    work = jobs(seed)
+    for (text, special, parse), ids in zip(work, ask_oracle(path, work)["ids"], strict=True):
+        assert tokenizer.encode(text, add_special=special, parse_special=parse) == ids, repr(text)
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_a_pre_tokenizer(pre: str, tmp_path: Path) -> None:
+    check(synthetic(pre), tmp_path / "vocabulary.gguf", seed=2)
+
+
+def test_a_vocabulary_without_some_bytes(tmp_path: Path) -> None:
+    check(without_some_bytes(synthetic("qwen2"), 0), tmp_path / "vocabulary.gguf", seed=3)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_random_sentencepiece_vocabulary(seed: int, tmp_path: Path) -> None:
+    check(synthetic_sentencepiece(seed), tmp_path / "vocabulary.gguf", seed)
