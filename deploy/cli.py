@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
 
-from cyclopts import App
+# Read by gRPC when it is imported: its own log lines would mix with the command's one-line errors.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+from cyclopts import App, CycloptsError, UnusedCliTokensError
 
 from numoe.deploy.commands.demo import demo
 from numoe.deploy.commands.generate import generate
@@ -15,6 +19,8 @@ from numoe.deploy.commands.status import status
 from numoe.deploy.commands.stop import stop
 from numoe.deploy.commands.tokenize import tokenize
 from numoe.deploy.commands.version import version
+
+WRONG_USAGE = 2
 
 app = App(
     name="numoe",
@@ -27,4 +33,12 @@ for command in (demo, serve, generate, status, stop, logits, tokenize, version):
 
 def main() -> None:
     """Run the command line; the exit status is the command's, 2 for wrong usage."""
-    sys.exit(app())
+    try:
+        code = app(exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, UnusedCliTokensError):  # a prompt may begin with a hyphen, so this may be an option
+            reason = f"too many arguments, or an unknown option, in: {' '.join(sys.argv[1:])}"
+        print(f"numoe: {reason} (see `numoe {' '.join(error.command_chain or ())} --help`)", file=sys.stderr)
+        code = WRONG_USAGE
+    sys.exit(code)

@@ -30,6 +30,7 @@ _QUIET = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_event_stats": "0",
+    "RAY_worker_niceness": "0",  # 15 by default: below everything else on the host
 }
 
 

@@ -25,7 +25,7 @@ QUANTIZED_TYPES = (
 WEIGHT_TYPES = FLOAT_TYPES + QUANTIZED_TYPES
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-MERGES = ("Ġ t", "h e", "Ġt he", "i n", "e r", "a n", "Ġ a", "o n", "Ġ w", "r e", "o r", "Ġan d")
+MERGES = ("Ġ t", "h e", "Ġt he", "i n", "e r", "a n", "Ġ a", "o n", "Ġ w", "r e", "o r", "Ġt o")
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Annotated
 
+from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
@@ -18,13 +20,22 @@ _CONTEXT = 2048
 _console = Console(stderr=True)
 
 
-def demo(prompt: str | None = None, /, *, max_tokens: int = 200, shards: str = "auto") -> int:
+def demo(
+    prompt: str | None = None,
+    /,
+    *,
+    chat: Annotated[bool, Parameter(negative=())] = False,
+    max_tokens: int = 200,
+    shards: str = "auto",
+) -> int:
     """Make a small Mixture of Experts, serve it, and let it answer; everything is gone afterwards.
 
     Parameters
     ----------
     prompt
-        What to say to the model; without it, a chat begins.
+        A text for the model to continue, to the end of the line; without it, a chat begins.
+    chat
+        Put the prompt to the model as a message instead.
     max_tokens
         Tokens of an answer at most.
     shards
@@ -40,10 +51,13 @@ def demo(prompt: str | None = None, /, *, max_tokens: int = 200, shards: str = "
         options = PlanOptions(context=_CONTEXT, slots=1, shards=parse_shards(shards))
         with running_server(_model(), options, "127.0.0.1:0") as server, Client(server.address) as client:
             _console.print(f"ready after {time.monotonic() - start:.1f} s", style="dim", highlight=False)
-            if prompt is not None:
-                _say(client, [_message("user", prompt)], max_tokens)
-            else:
+            if prompt is None:
                 _chat(client, max_tokens)
+            elif chat:
+                _say(client, _conversation([_message("user", prompt)], max_tokens))
+            else:
+                print(prompt, end="", flush=True)
+                _say(client, _continuation(prompt, max_tokens))
     return 0
 
 
@@ -60,6 +74,18 @@ def _message(role: str, content: str) -> chat_pb2.ChatMessage:
     return chat_pb2.ChatMessage(role=role, content=content)
 
 
+def _continuation(prompt: str, max_tokens: int) -> pb.GenerateRequest:
+    stopping = pb.StopOptions(max_tokens=max_tokens, strings=["\n"])
+    return pb.GenerateRequest(text=prompt, sampling=pb.SamplingOptions(temperature=0.0), stopping=stopping)
+
+
+def _conversation(messages: list[chat_pb2.ChatMessage], max_tokens: int) -> pb.GenerateRequest:
+    # So small a model repeats itself when it is always given the likeliest token.
+    sampling = pb.SamplingOptions(temperature=0.0, repetition_penalty=1.1)
+    stopping = pb.StopOptions(max_tokens=max_tokens)
+    return pb.GenerateRequest(chat=pb.ChatPrompt(messages=messages), sampling=sampling, stopping=stopping)
+
+
 def _chat(client: Client, max_tokens: int) -> None:
     """Take turns until end of input or Ctrl-C."""
     _console.print("Say something; Ctrl-D ends the chat.", style="dim")
@@ -72,16 +98,11 @@ def _chat(client: Client, max_tokens: int) -> None:
             return
         if text.strip():
             history.append(_message("user", text))
-            history.append(_message("assistant", _say(client, history, max_tokens)))
+            history.append(_message("assistant", _say(client, _conversation(history, max_tokens))))
 
 
-def _say(client: Client, messages: list[chat_pb2.ChatMessage], max_tokens: int) -> str:
-    """Send a conversation, print the answer as it comes and its timings; the answer."""
-    request = pb.GenerateRequest(
-        chat=pb.ChatPrompt(messages=messages),
-        sampling=pb.SamplingOptions(temperature=0.0),
-        stopping=pb.StopOptions(max_tokens=max_tokens),
-    )
+def _say(client: Client, request: pb.GenerateRequest) -> str:
+    """Send a request, print the answer as it comes and its timings; the answer."""
     answer = Answer()
     read_answer(client.generate(request, None), _print_text, answer)
     print(flush=True)

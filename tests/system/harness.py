@@ -1,0 +1,83 @@
+"""Runs the `numoe` command as users do, and looks at what it leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+NUMOE = str(Path(sysconfig.get_path("scripts")) / "numoe")
+SHM = Path("/dev/shm/numoe")
+STARTED = re.compile(r"at ([\d.]+:\d+) ")
+
+
+def numoe(*args: object, stdin: str | None = None, timeout: float = 180, **environment: str) -> subprocess.CompletedProcess:
+    """Run a command to its end."""
+    command = [NUMOE, *(str(arg) for arg in args)]
+    return subprocess.run(
+        command, input=stdin, capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}, check=False
+    )
+
+
+class ServeProcess:
+    """A `numoe serve` that is up; `address` is where."""
+
+    def __init__(self, model: Path, *flags: object, timeout: float = 120, **environment: str) -> None:
+        command = [NUMOE, "serve", str(model), "--listen", "127.0.0.1:0", *(str(flag) for flag in flags)]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        found = STARTED.search(line)
+        if found is None:
+            raise AssertionError(f"numoe serve said {line!r} and {self.process.communicate()[1]!r}")
+        self.address = found.group(1)
+        self.pids = {p.pid for p in psutil.Process(self.process.pid).children(recursive=True)}
+
+    def generate(self, *args: object) -> dict:
+        """The JSON that `numoe generate` prints, greedy unless told otherwise."""
+        result = numoe("generate", *args, "--address", self.address, "--json")
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    def status(self) -> dict:
+        """The JSON that `numoe status` prints."""
+        return json.loads(numoe("status", "--json", "--address", self.address).stdout)
+
+    def stop(self, number: int = signal.SIGTERM, timeout: float = 60) -> tuple[int, str]:
+        """Send a signal; the exit code and what it wrote to stderr."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        try:
+            _, errors = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        return self.process.returncode, errors
+
+    def left_over(self, patience: float = 10) -> list[str]:
+        """Processes and shared-memory files that outlive the server."""
+        end = time.monotonic() + patience
+        while (found := [*self._living(), *map(str, SHM.glob("*"))]) and time.monotonic() < end:
+            time.sleep(0.2)
+        return found
+
+    def _living(self) -> Iterator[str]:
+        for pid in self.pids:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(pid)
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    yield f"{pid} {process.name()}"
+
+

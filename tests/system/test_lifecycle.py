@@ -1,0 +1,130 @@
+"""Starting and stopping: what a server leaves behind, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from numoe.engine.gguf import GgufFile
+from numoe.engine.models.reference import reference_logits
+from tests.models import make_model
+from tests.system.harness import NUMOE, ServeProcess, numoe
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_server_and_nothing_is_left(tiny_model: Path, number: int) -> None:
+    server = ServeProcess(tiny_model, "--shards", 2)
+    assert server.generate("hello", "--max-tokens", 3, "--temperature", 0)["token_ids"]
+    code, errors = server.stop(number)
+    assert code == 0, errors
+    assert server.left_over() == []
+
+
+def test_numoe_stop_ends_the_server(tiny_model: Path) -> None:
+    server = ServeProcess(tiny_model)
+    result = numoe("stop", "--address", server.address)
+    assert result.returncode == 0, result.stderr
+    assert server.process.wait(timeout=30) == 0
+    assert server.left_over() == []
+
+
+@pytest.fixture(scope="module")
+def logits_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "f32.gguf", "qwen3moe", seed=1, n_used=2)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_logits_through_the_actors_equal_the_float64_reference(
+    logits_model: Path, tmp_path: Path, shards: int
+) -> None:
+    ids = np.random.default_rng(5).integers(0, 256, 40).tolist()
+    (tmp_path / "ids.json").write_text(json.dumps(ids))
+    out = tmp_path / "logits.npz"
+    result = numoe(
+        "logits", logits_model, "--tokens-file", tmp_path / "ids.json", "--out", out, "--shards", shards, "--chunk", 16
+    )
+    assert result.returncode == 0, result.stderr
+    with np.load(out) as found, GgufFile.open(logits_model) as gguf:
+        want = reference_logits(gguf, ids)
+        assert found["logits"].dtype == np.float32
+        assert found["tokens"].tolist() == ids
+        error = ((found["logits"] - want) ** 2).mean() / want.var()
+        assert error <= 1e-6
+        assert (found["logits"].argmax(axis=1) == want.argmax(axis=1)).all()
+
+
+def expect_one_line(result: subprocess.CompletedProcess, *words: str) -> None:
+    assert result.returncode != 0
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+def test_a_truncated_file_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "cut.gguf"
+    damaged.write_bytes(tiny_model.read_bytes()[:-1000])
+    expect_one_line(numoe("serve", damaged), "cut.gguf")
+
+
+def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("not a model, but long enough to have a header")
+    expect_one_line(numoe("serve", tmp_path / "notes.txt"), "notes.txt", "GGUF")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    expect_one_line(numoe("serve", tmp_path / "absent.gguf"), "absent.gguf")
+
+
+def test_a_busy_port_is_named(tiny_model: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        expect_one_line(numoe("serve", tiny_model, "--listen", f"127.0.0.1:{port}"), str(port), "--listen")
+
+
+def test_too_little_memory_says_how_much_is_missing(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "long.gguf", "qwen3moe", context=1 << 24)
+    expect_one_line(numoe("serve", model, "--ctx-size", 1 << 24, "--parallel", 256), "is missing", "--ctx-size")
+
+
+@pytest.mark.parametrize("flags", [["--shards", "many"], ["--parallel", "0"], ["--ctx-size", "999999999"]])
+def test_a_wrong_value_names_its_flag(tiny_model: Path, flags: list[str]) -> None:
+    expect_one_line(numoe("serve", tiny_model, *flags), flags[0])
+
+
+def test_an_unknown_flag_is_named(tiny_model: Path) -> None:
+    result = numoe("serve", tiny_model, "--no-such-flag")
+    assert result.returncode != 0
+    assert "--no-such-flag" in result.stdout + result.stderr
+
+
+def test_a_running_ray_cluster_is_used_and_left_running(tiny_model: Path, tmp_path: Path) -> None:
+    ray = [sys.executable, "-m", "ray.scripts.scripts"]
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    head = [*ray, "start", "--head", "--port=0", "--include-dashboard=false", "--object-store-memory=80000000",
+            "--num-cpus=2", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]  # fmt: skip
+    subprocess.run(head, check=True, capture_output=True, env=environment)
+    try:
+        server = ServeProcess(tiny_model)
+        assert server.generate("hello", "--max-tokens", 3, "--temperature", 0)["token_ids"]
+        code, errors = server.stop()
+        assert code == 0, errors
+        assert server.left_over() == []
+        assert subprocess.run([*ray, "status"], capture_output=True, env=environment, check=False).returncode == 0
+    finally:
+        subprocess.run([*ray, "stop", "--force"], check=False, capture_output=True, env=environment)
+
+
+def test_version_and_help() -> None:
+    assert numoe("version").stdout.startswith("numoe 0.")
+    assert subprocess.run([NUMOE, "serve", "--help"], capture_output=True, text=True, check=True).stdout
