@@ -27,6 +27,7 @@ class Engine:
     def __init__(self, scheduler: Scheduler, forward: CpuForward, emit: Callable[[list[Event]], None]) -> None:
         self._scheduler, self._forward, self._emit = scheduler, forward, emit
         self._changed = threading.Condition()
+        self._stepping = False
         self._stopping = False
         self._overtaken: dict[str, FinishReason] = {}
         self._steps, self._step_ms = 0, {"total": 0.0}
@@ -57,11 +58,16 @@ class Engine:
             return self._scheduler.status(steps=self._steps, step_ms=dict(self._step_ms))
 
     def stop(self) -> None:
-        """Make `run` return after the step under way; requests still there end with reason "error"."""
+        """Make `run` return after the step under way; requests still there end with reason "error".
+
+        Returns when no step is under way any more.
+        """
         with self._changed:
             self._stopping = True
             self._scheduler.fail_all("the server is stopping")
-            self._changed.notify()
+            self._changed.notify_all()
+            while self._stepping:
+                self._changed.wait()
 
     def run(self) -> None:
         """Run steps while there is work, sleep while there is none, until `stop`."""
@@ -74,9 +80,14 @@ class Engine:
                     break
                 batch = self._scheduler.schedule(time.time())
                 events = self._scheduler.drain_events()
+                self._stepping = batch is not None
             self._send(events)
             if batch is not None:
-                self._send(self._step(batch))
+                events = self._step(batch)
+                with self._changed:
+                    self._stepping = False
+                    self._changed.notify_all()
+                self._send(events)
         self._send(self._scheduler.drain_events())
 
     def _send(self, events: list[Event]) -> None:
