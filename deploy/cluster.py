@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import ray
 from ray.exceptions import RayError
@@ -23,6 +23,7 @@ from numoe.cluster.status import LoadProgress
 from numoe.cluster.supervisor import NAMESPACE, ActorClasses, Supervisor
 from numoe.engine.errors import NumoeError, UnavailableError
 
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _OBJECT_STORE_BYTES = 128 << 20  # Ray's default is 30 % of memory, and lies where the weights lie
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -38,6 +39,11 @@ def start_ray() -> bool:
     """Join the running cluster, or start one on this host; whether it was started here."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    with _kept_signal_handlers():
+        return _init_ray()
+
+
+def _init_ray() -> bool:
     quiet = {"namespace": NAMESPACE, "logging_level": logging.ERROR, "log_to_driver": False}
     try:
         ray.init(address=os.environ.get("RAY_ADDRESS") or "auto", **quiet)
@@ -108,19 +114,47 @@ def _unwrap(reference: Any) -> Any:
         raise UnavailableError(f"the supervisor failed: {cause or error}") from error
 
 
-@contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, inside the block; a second one ends the process at once."""
-    stop = threading.Event()
+class StopSignals:
+    """Ctrl-C and SIGTERM inside a `with` block.
 
-    def on_signal(number: int, _frame: Any) -> None:
-        if stop.is_set():
-            os._exit(128 + number)
-        stop.set()
+    While the server starts they raise KeyboardInterrupt, so that whatever has begun is undone;
+    after `started` they set the event `stop`. A second signal ends the process at once.
+    """
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self._raising, self._seen = True, False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in _STOP_SIGNALS:
+            self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def started(self) -> None:
+        """Set the event from now on."""
+        self._raising = False
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        if self._seen:
+            os._exit(128 + number)
+        self._seen = True
+        self.stop.set()
+        if self._raising:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def _kept_signal_handlers() -> Iterator[None]:
+    """Put the handlers back that Ray replaces when it starts, also below Python."""
+    handlers = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)

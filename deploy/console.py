@@ -18,9 +18,12 @@ Address = Annotated[str | None, Parameter(env_var="NUMOE_ADDRESS")]
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a NumoeError into one line on stderr and exit code 1."""
+    """Turn a NumoeError into one line on stderr and exit code 1, Ctrl-C into exit code 130."""
     try:
         yield
+    except KeyboardInterrupt:
+        print("numoe: interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
     except NumoeError as error:
         print(f"numoe: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None

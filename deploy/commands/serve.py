@@ -46,16 +46,17 @@ def serve(
     """
     with one_line_errors():
         from numoe.cluster.plan import PlanOptions
-        from numoe.deploy.cluster import stop_signals
+        from numoe.deploy.cluster import StopSignals
         from numoe.deploy.launch import running_server
 
         options = PlanOptions(
             context=ctx_size, slots=parallel, threads=threads, shards=parse_shards(shards), chunk=chunk, queue=queue
         )
-        with stop_signals() as stop, running_server(model, options, listen) as server:
+        with StopSignals() as signals, running_server(model, options, listen) as server:
+            signals.started()
             print(f"numoe serves {server.plan.model} at {server.address} (Ctrl-C stops it)", flush=True)
-            why = server.wait(stop)
-            if stop.is_set():
+            why = server.wait(signals.stop)
+            if signals.stop.is_set():
                 server.close(DRAIN_S)
             if why:
                 raise UnavailableError(why)

@@ -7,8 +7,8 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
-import sys
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -56,8 +56,8 @@ class ServeProcess:
         return json.loads(numoe("status", "--json", "--address", self.address).stdout)
 
     def stop(self, number: int = signal.SIGTERM, timeout: float = 60) -> tuple[int, str]:
-        """Send a signal; the exit code and what it wrote to stderr."""
-        if self.process.poll() is None:
+        """Send a signal, unless it is ending anyway; the exit code and what it wrote to stderr."""
+        if not self.is_stopping:
             self.process.send_signal(number)
         try:
             _, errors = self.process.communicate(timeout=timeout)
@@ -65,6 +65,13 @@ class ServeProcess:
             self.process.kill()
             raise
         return self.process.returncode, errors
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it has stopped listening."""
+        host, port = self.address.split(":")
+        with socket.socket() as probe:
+            return probe.connect_ex((host, int(port))) != 0
 
     def left_over(self, patience: float = 10) -> list[str]:
         """Processes and shared-memory files that outlive the server."""
