@@ -17,5 +17,5 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def identity(numa_node: int | None = None) -> Identity:
-    """This process."""
+    """Identify the calling process."""
     return Identity(pid=os.getpid(), host=socket.gethostname(), numa_node=numa_node)

@@ -57,7 +57,8 @@ class ShardPlacement:
 class Plan:
     """Everything the actors need to know to start; a value that is sent to each of them.
 
-    cpus: processors that may be used. Bytes: dense_bytes of the attention side's weights, kv_bytes of its pages, mailbox_bytes.
+    cpus: processors that may be used. dense_bytes: of the attention side's weights. kv_bytes: of
+    its pages.
     """
 
     model: str

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ from gguf import GGMLQuantizationType as QuantType
 
 from numoe.engine.formats.layouts import BLOCK_COLS, GROUP_ROWS, PackedFormat, packed_format
 
-Bytes = npt.NDArray[np.uint8]
+Bytes = npt.NDArray[Any]  # uint8: shifts and masks by Python numbers keep it, but not for the type checker
 _CHUNK_BYTES = 4 << 20
 
 
@@ -91,13 +92,13 @@ def _store_super(groups: Bytes, shape: Shape, at: int, values: Bytes) -> None:
     area.reshape(len(groups), supers, -1)[:, :, at : at + values.shape[2]] = values
 
 
-def _interleave(per_row: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+def _interleave(per_row: Bytes) -> Bytes:
     """[rows, blocks, ...] to [groups, blocks, 16, ...]."""
     split = per_row.reshape(-1, GROUP_ROWS, *per_row.shape[1:])
     return np.ascontiguousarray(np.moveaxis(split, 1, 2))
 
 
-def _as_bytes(values: npt.NDArray[np.generic]) -> Bytes:
+def _as_bytes(values: Bytes) -> Bytes:
     """[groups, blocks, ...] to bytes [groups, blocks, n]."""
     contiguous = np.ascontiguousarray(values)
     return contiguous.view(np.uint8).reshape(*values.shape[:2], -1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import signal
 import socket
@@ -21,22 +20,18 @@ SHM = Path("/dev/shm/numoe")
 STARTED = re.compile(r"at ([\d.]+:\d+) ")
 
 
-def numoe(*args: object, stdin: str | None = None, timeout: float = 180, **environment: str) -> subprocess.CompletedProcess:
+def numoe(*args: object, stdin: str | None = None, timeout: float = 180) -> subprocess.CompletedProcess:
     """Run a command to its end."""
     command = [NUMOE, *(str(arg) for arg in args)]
-    return subprocess.run(
-        command, input=stdin, capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}, check=False
-    )
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 class ServeProcess:
     """A `numoe serve` that is up; `address` is where."""
 
-    def __init__(self, model: Path, *flags: object, timeout: float = 120, **environment: str) -> None:
+    def __init__(self, model: Path, *flags: object) -> None:
         command = [NUMOE, "serve", str(model), "--listen", "127.0.0.1:0", *(str(flag) for flag in flags)]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
-        )
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         found = STARTED.search(line)
