@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error", "unavailable"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,7 +100,10 @@ class TokenGenerated(msgspec.Struct, frozen=True, tag=True):
 
 
 class Finished(msgspec.Struct, frozen=True, tag=True):
-    """The last event of a request. With reason "error", `error` says what happened.
+    """The last event of a request.
+
+    With reason "error", and with "unavailable" where the same request may succeed later, `error`
+    says what happened.
 
     A stop token ends the stream with reason "stop" and is itself not sent as a TokenGenerated.
     """

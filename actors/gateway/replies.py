@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from numoe.actors.gateway.errors import DeadlineError, GenerationFailedError
-from numoe.engine.errors import NumoeError
+from numoe.engine.errors import NumoeError, UnavailableError
 from numoe.engine.requests import (
     Event,
     Finished,
@@ -181,6 +181,8 @@ class Replies:
         self.ended = True
         if event.reason == "deadline":
             self.error = DeadlineError("the call's deadline passed; the request was given up")
+        elif event.reason == "unavailable":
+            self.error = UnavailableError(event.error)
         elif event.reason == "error":
             self.error = GenerationFailedError(event.error or "the worker gave the request up")
         else:

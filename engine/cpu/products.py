@@ -12,9 +12,8 @@ from typing import Any
 from gguf import GGMLQuantizationType as QuantType
 from numba import cfunc, njit, types
 
-from numoe.engine.cpu import ISA
+from numoe.engine.cpu import ISA, tile
 from numoe.engine.cpu import simd as v
-from numoe.engine.cpu import tile
 from numoe.engine.cpu.blocks import block_product, block_unpack
 from numoe.engine.formats.layouts import packed_format
 

@@ -53,14 +53,19 @@ def silu_mul(gate: Any, up: Any) -> Any:
 def quantize_block(a: Any, b: Any, codes: int, meta: int) -> None:
     """32 float32, as two vectors, to 32 int8 at `codes` and their scale and sums at `meta`.
 
-    Codes are x / (max |x| / 127), rounded; the scale stored is the one that then fits best in the
-    least-squares sense, sum(x q) / sum(q q).
+    The element of the largest magnitude becomes -128, whatever its sign: the scale takes the other
+    sign. The scale stored is the one that then fits best in the least-squares sense,
+    sum(x q) / sum(q q).
     """
-    largest = v.max_f32(v.maximum(v.absolute(a), v.absolute(b)))
+    largest = v.max_f32(v.maximum(a, b))
+    smallest = -v.max_f32(v.sub(v.splat_f32(np.float32(0.0)), v.minimum(a, b)))
+    extreme = largest if largest > -smallest else smallest
     inverse = np.float32(0.0)
-    if largest > np.float32(1e-30):
-        inverse = np.float32(127.0) / largest
-    qa, qb = v.round_to_i32(v.mul(a, v.splat_f32(inverse))), v.round_to_i32(v.mul(b, v.splat_f32(inverse)))
+    if abs(extreme) > np.float32(1e-30):
+        inverse = np.float32(-128.0) / extreme
+    most = v.splat_f32(np.float32(127.0))
+    qa = v.round_to_i32(v.minimum(v.mul(a, v.splat_f32(inverse)), most))
+    qb = v.round_to_i32(v.minimum(v.mul(b, v.splat_f32(inverse)), most))
     fa, fb = v.to_f32(qa), v.to_f32(qb)
     squares = v.sum_f32(v.fma(fa, fa, v.mul(fb, fb)))
     scale = np.float32(0.0)
@@ -105,8 +110,10 @@ def add_row(x: int, y: int, cols: int) -> None:
 def quantize_reference(x: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """What `quantize_row` computes, in NumPy: codes int8 [rows, cols], scales float32 [rows, cols / 32]."""
     blocks = x.reshape(len(x), -1, 32).astype(np.float32)
-    largest = np.abs(blocks).max(axis=2, keepdims=True)
-    codes = np.rint(blocks * np.where(largest > 1e-30, np.float32(127) / np.maximum(largest, 1e-30), 0))
+    low, high = blocks.min(axis=2, keepdims=True), blocks.max(axis=2, keepdims=True)
+    extreme = np.where(high > -low, high, low)
+    inverse = np.where(np.abs(extreme) > 1e-30, np.float32(-128) / np.where(extreme == 0, 1, extreme), 0)
+    codes = np.rint(np.minimum(blocks * inverse.astype(np.float32), np.float32(127)))
     squares = (codes * codes).sum(axis=2)
     scales = np.where(squares > 0, (codes * blocks).sum(axis=2) / np.maximum(squares, 1), 0)
     return codes.reshape(x.shape).astype(np.int8), scales.astype(np.float32)

@@ -131,7 +131,8 @@ def _bits45_planes(quads: Bytes) -> Bytes:
 
 def _halves(bytes16: Bytes) -> Bytes:
     """Sixteen 4-bit values [..., 16] to 8 bytes: value i low, value i + 8 high."""
-    return bytes16[..., :8] | bytes16[..., 8:] << 4
+    pairs: Bytes = bytes16[..., :8] | bytes16[..., 8:] << 4
+    return pairs
 
 
 def _file_blocks(raw: Bytes, size: int) -> Bytes:

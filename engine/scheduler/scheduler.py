@@ -95,10 +95,10 @@ class Scheduler:
             self._finish(sequence, reason)
         return sequence is not None
 
-    def fail_all(self, error: str) -> None:
-        """End every request with reason "error"."""
+    def fail_all(self, error: str, reason: FinishReason = "error") -> None:
+        """End every request with this reason."""
         for sequence in [*self._running(), *self._waiting]:
-            self._finish(sequence, "error", error)
+            self._finish(sequence, reason, error)
 
     # --- a step -----------------------------------------------------------------------------------
 

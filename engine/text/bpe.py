@@ -31,9 +31,7 @@ class ByteLevelBPE:
         self._tokenizer = Tokenizer(
             models.BPE(vocab=known, merges=list(vocabulary.merges), ignore_merges=pre.ignore_merges)
         )
-        splits = [
-            pre_tokenizers.Split(Regex(expression), behavior="isolated") for expression in pre.expressions
-        ]
+        splits = [pre_tokenizers.Split(Regex(expression), behavior="isolated") for expression in pre.expressions]
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
 

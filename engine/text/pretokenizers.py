@@ -1,7 +1,7 @@
-"""How text is cut into words before byte-pair merging, for each `tokenizer.ggml.pre`.
+r"""How text is cut into words before byte-pair merging, for each `tokenizer.ggml.pre`.
 
 A pre-tokenizer is a list of regular expressions. Each cuts every piece left by the one before into
-its matches and the stretches between them, and sees no further than its piece: `\\s+(?!\\S)` takes
+its matches and the stretches between them, and sees no further than its piece: `\s+(?!\S)` takes
 all the white space at the end of a piece, and all but the last of it elsewhere. The expressions are
 those of the models' own tokenizer files, in the syntax of Oniguruma (which `tokenizers` uses), with
 the deviations of llama.cpp that its users' token ids depend on.
@@ -53,9 +53,7 @@ _HAN_RANGES = "4E00-9FFF 3400-4DBF 20000-2A6DF 2A700-2EBEF F900-FAFF 2F800-2FA1F
 
 def _members(ranges: str) -> str:
     """The inside of a bracket expression, from hexadecimal code points and ranges of them."""
-    return "".join(
-        "-".join(rf"\x{{{point}}}" for point in part.split("-")) for part in ranges.split()
-    )
+    return "".join("-".join(rf"\x{{{point}}}" for point in part.split("-")) for part in ranges.split())
 
 
 def _kimi_k2() -> str:

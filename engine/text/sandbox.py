@@ -17,10 +17,11 @@ from functools import wraps
 from typing import Any
 
 from jinja2 import Template, TemplateError, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 MAX_STEPS = 1_000_000
@@ -87,7 +88,7 @@ class _Bounds(NodeTransformer):
         return first
 
 
-def _filter(node: nodes.Expr, name: str) -> nodes.Expr:
+def _filter(node: nodes.Node, name: str) -> nodes.Expr:
     new = nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
     return new.set_environment(node.environment)  # type: ignore[return-value, arg-type]
 
@@ -123,7 +124,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         return Template.from_code(self, code, self.make_globals(None))
 
     @staticmethod
-    def concat(pieces: Iterable[str]) -> str:  # type: ignore[override]
+    def concat(pieces: Iterable[str]) -> str:
         """Join the output of a template, macro or block."""
         budget = _budget()
         kept, length = [], 0
@@ -140,20 +141,30 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         _check_operands(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
-    def call(self, context: Context, called: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Context, called: Any, *args: Any, **kwargs: Any) -> Any:
         """Count a call, and check the methods that make long texts of short ones."""
         _budget().step()
         owner, name = getattr(called, "__self__", None), getattr(called, "__name__", "")
         if isinstance(owner, str):
             if name in WIDENING:
                 _check_widths(args, kwargs)
-            elif name in {"format", "format_map"}:
-                _check_format(owner, args, kwargs)
             elif name == "join":
                 return join(args[0] if args else (), owner)
             elif name == "replace":
                 return replace(owner, *args, **kwargs)
         return super().call(context, called, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """jinja2's sandboxed `str.format` and `format_map`, with a check of the widths."""
+        sandboxed = super().wrap_str_format(value)
+        if sandboxed is None:
+            return None
+
+        def checked(*args: Any, **kwargs: Any) -> str:
+            _check_format(value.__self__, args, kwargs)
+            return sandboxed(*args, **kwargs)
+
+        return checked
 
 
 def raise_exception(message: str) -> None:
@@ -176,18 +187,14 @@ def to_json(
     sort_keys: bool = False,  # noqa: FBT001, FBT002
 ) -> str:
     """JSON as it is: jinja2's own filter would escape it for HTML."""
-    return json.dumps(
-        value, indent=indent, ensure_ascii=ensure_ascii, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, separators=separators, sort_keys=sort_keys)
 
 
 def join(value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
     """jinja2's filter, its result's length checked."""
     items = list(bounded_iteration(value))
     if attribute is not None:
-        items = [
-            item.get(attribute, "") if isinstance(item, dict) else item[attribute] for item in items
-        ]
+        items = [item.get(attribute, "") if isinstance(item, dict) else item[attribute] for item in items]
     texts = [str(item) for item in items]
     _budget().make(sum(map(len, texts)) + len(d) * len(texts))
     return d.join(texts)

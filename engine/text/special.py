@@ -113,7 +113,8 @@ class SpecialTokens:
         hidden -= shown
         user_defined |= shown
 
-        ends |= {vocabulary.eos_id, vocabulary.eot_id, vocabulary.eom_id} - {None}  # type: ignore[arg-type]
+        named = (vocabulary.eos_id, vocabulary.eot_id, vocabulary.eom_id)
+        ends |= {id_ for id_ in named if id_ is not None}
         if _end_is_a_separator(ids, ends):
             ends.remove(ids["<|end|>"])
             hidden.remove(ids["<|end|>"])
@@ -156,9 +157,7 @@ def _strips_right(vocabulary: Vocabulary, ids: Mapping[str, int], matched: list[
     return frozenset(matched) - keeps
 
 
-def split_special(
-    text: str, special: SpecialTokens, *, parse_hidden: bool
-) -> list[str | int]:
+def split_special(text: str, special: SpecialTokens, *, parse_hidden: bool) -> list[str | int]:
     """Cut `text` into stretches of plain text (never empty) and the ids of special tokens in it.
 
     Longer tokens are sought first, each through the whole text (this is llama.cpp's order; it is

@@ -33,8 +33,8 @@ class Tokenizer:
             pre = pre_tokenizer(vocabulary.pre)
             self._model = ByteLevelBPE(vocabulary, ids, pre)
             add_bos = pre.add_bos
-        self._before = _affix("bos", vocabulary.add_bos, vocabulary.bos_id, default=add_bos)
-        self._after = _affix("eos", vocabulary.add_eos, vocabulary.eos_id, default=False)
+        self._before = _affix("bos", vocabulary.bos_id, wanted=vocabulary.add_bos, default=add_bos)
+        self._after = _affix("eos", vocabulary.eos_id, wanted=vocabulary.add_eos, default=False)
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> Tokenizer:
@@ -138,7 +138,7 @@ class Tokenizer:
         return token_id in self._special.hidden
 
 
-def _affix(name: str, wanted: bool | None, token_id: int | None, *, default: bool) -> tuple[int, ...]:
+def _affix(name: str, token_id: int | None, *, wanted: bool | None, default: bool) -> tuple[int, ...]:
     """The BOS or EOS to add: none, or one id."""
     if wanted and token_id is None:
         raise ModelFileError(f"{PREFIX}add_{name}_token is set, but {PREFIX}{name}_token_id is missing")

@@ -71,9 +71,7 @@ class Vocabulary:
         """
         model = _get(metadata, "model", str, required=True)
         if model not in MODELS:
-            raise UnsupportedError(
-                f"tokenizer model '{model}' is not supported; supported: {', '.join(MODELS)}"
-            )
+            raise UnsupportedError(f"tokenizer model '{model}' is not supported; supported: {', '.join(MODELS)}")
         sentencepiece = model == SENTENCEPIECE
         tokens = _tokens(metadata)
         ids = SpecialIds.from_metadata(metadata)

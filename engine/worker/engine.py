@@ -58,13 +58,13 @@ class Engine:
             return self._scheduler.status(steps=self._steps, step_ms=dict(self._step_ms))
 
     def stop(self) -> None:
-        """Make `run` return after the step under way; requests still there end with reason "error".
+        """Make `run` return after the step under way; requests still there end with "unavailable".
 
         Returns when no step is under way any more.
         """
         with self._changed:
             self._stopping = True
-            self._scheduler.fail_all("the server is stopping")
+            self._scheduler.fail_all("the server is stopping", "unavailable")
             self._changed.notify_all()
             while self._stepping:
                 self._changed.wait()
@@ -102,7 +102,7 @@ class Engine:
             sampled = self._scheduler.sample(batch, logits)
         except NumoeError as error:
             with self._changed:
-                self._scheduler.fail_all(str(error))
+                self._scheduler.fail_all(str(error), "unavailable" if isinstance(error, UnavailableError) else "error")
                 return self._scheduler.drain_events()
         end = time.perf_counter()
         with self._changed:

@@ -10,12 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grpc
 import numpy as np
 import psutil
 import pytest
 
+from numoe.deploy.client import Client
 from numoe.engine.gguf import GgufFile
 from numoe.engine.models.reference import reference_logits
+from numoe.v1 import generation_pb2 as pb
 from tests.models import make_model
 from tests.system.harness import NUMOE, ServeProcess, numoe
 
@@ -34,6 +37,25 @@ def test_numoe_stop_ends_the_server(tiny_model: Path) -> None:
     result = numoe("stop", "--address", server.address)
     assert result.returncode == 0, result.stderr
     assert server.stop()[0] == 0
+    assert server.left_over() == []
+
+
+@pytest.mark.parametrize("role", ["expert", "attention"])
+def test_a_killed_actor_ends_streams_as_unavailable_and_the_server_says_who(tiny_model: Path, role: str) -> None:
+    server = ServeProcess(tiny_model, "--shards", 2)
+    with Client(server.address) as client:
+        stream = client.generation.Generate(
+            pb.GenerateRequest(text="endless", stopping=pb.StopOptions(max_tokens=1900, ignore_eos=True))
+        )
+        next(message for message in stream if message.WhichOneof("event") == "tokens")
+        victim = next(actor["pid"] for actor in server.status()["actors"] if actor["role"] == role)
+        os.kill(victim, signal.SIGKILL)
+        with pytest.raises(grpc.RpcError) as failure:
+            list(stream)
+    assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
+    code, errors = server.stop()
+    assert code == 1
+    assert str(victim) in errors
     assert server.left_over() == []
 
 

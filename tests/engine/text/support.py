@@ -69,7 +69,7 @@ def synthetic_sentencepiece(seed: int) -> dict[str, Any]:
     """
     rng = random.Random(seed)
     text = "\n".join(TEXTS + tuple(random_texts(500, seed=seed))).replace(" ", "▁").replace("\0", "")
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "<|user|>", "<tool>", "▁▁"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "<|user|>", "<tool>", "  "]
     kinds = [2, 3, 3, *[6] * 256, 3, 4, 4]
     pieces: dict[str, None] = {}
     while len(pieces) < 2000:
@@ -96,9 +96,7 @@ def without_some_bytes(metadata: dict[str, Any], seed: int) -> dict[str, Any]:
     return metadata | {"tokenizer.ggml.tokens": tokens}
 
 
-def ask_oracle(
-    path: Path, encode: Sequence[tuple[str, bool, bool]], *, vocabulary: bool = False
-) -> dict[str, Any]:
+def ask_oracle(path: Path, encode: Sequence[tuple[str, bool, bool]], *, vocabulary: bool = False) -> dict[str, Any]:
     """llama.cpp's ids for each (text, add_special, parse_special), and its view of the vocabulary.
 
     NUMOE_ORACLE is the oracle's Python; NUMOE_ORACLE_LIB the folder of llama_lib.py.

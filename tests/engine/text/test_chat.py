@@ -61,9 +61,7 @@ def test_loop_controls_namespaces_macros_and_generation_blocks() -> None:
 
 
 def test_loops_see_their_length() -> None:
-    assert render("{% for i in 'abc' %}{{ i }}{{ loop.length }}{{ loop.last }}{% endfor %}") == (
-        "a3Falseb3Falsec3True"
-    )
+    assert render("{% for i in 'abc' %}{{ i }}{{ loop.length }}{{ loop.last }}{% endfor %}") == ("a3Falseb3Falsec3True")
 
 
 def test_strftime_now() -> None:

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+
 from numoe.engine.text import Tokenizer
 from tests.engine.text.support import GOLDENS, read_metadata, smollm2, synthetic, synthetic_sentencepiece
 

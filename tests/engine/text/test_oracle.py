@@ -11,11 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.engine.text.corpus import TEXTS, random_texts
+
 from numoe.engine.errors import UnsupportedError
 from numoe.engine.text import Tokenizer
 from numoe.engine.text.pretokenizers import PRE_TOKENIZERS
-from tests.engine.text.support import ask_oracle, read_metadata, synthetic, synthetic_sentencepiece, without_some_bytes, write_vocabulary
+from tests.engine.text.corpus import TEXTS, random_texts
+from tests.engine.text.support import (
+    ask_oracle,
+    read_metadata,
+    synthetic,
+    synthetic_sentencepiece,
+    without_some_bytes,
+    write_vocabulary,
+)
 
 NEEDED = ("NUMOE_ORACLE", "NUMOE_ORACLE_LIB", "NUMOE_VOCABS")
 MISSING = [name for name in NEEDED if not os.environ.get(name)]
