@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +64,7 @@ class Scheduler:
         self._slots: list[Sequence | None] = [None] * config.slots
         self._page_tables = np.zeros((config.slots, pages_for(config.context)), np.int32)
         self._events: list[Event] = []
+        self._numbers = count()
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -86,7 +88,7 @@ class Scheduler:
         if self._find(request.request_id) is not None:
             raise InputError(f"request_id {request.request_id!r} is in use: choose another")
         sampler = Sampler(request.sampling, logprobs=request.logprobs)
-        self._waiting.append(Sequence(request, sampler, PageTable(self._allocator), self._clock()))
+        self._waiting.append(Sequence(request, sampler, PageTable(self._allocator), next(self._numbers), self._clock()))
 
     def abort(self, request_id: str, reason: FinishReason = "cancelled") -> bool:
         """End a request; its slot and pages are free when this returns. Whether there was one."""
@@ -271,8 +273,8 @@ class Scheduler:
             raise RuntimeError("a waiting sequence holds a slot or pages")
 
     def _running(self) -> list[Sequence]:
-        """The sequences in slots, in the order of their admission."""
-        return sorted((s for s in self._slots if s is not None), key=lambda s: s.admitted or 0.0)
+        """The sequences in slots, oldest first."""
+        return sorted((s for s in self._slots if s is not None), key=lambda s: s.number)
 
     def _find(self, request_id: str) -> Sequence | None:
         for sequence in [*self._running(), *self._waiting]:

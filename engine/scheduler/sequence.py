@@ -14,12 +14,14 @@ class Sequence:
     """A request's tokens and how far they are computed.
 
     tokens:   the prompt and what was generated. computed: how many of them are in the KV cache.
+    number:   counts submissions: the lower, the older, and the older goes first.
     slot:     None while it waits. Times are the scheduler's clock, seconds; None before they happen.
     """
 
     request: GenerationRequest
     sampler: Sampler
     table: PageTable
+    number: int
     submitted: float
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
