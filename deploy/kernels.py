@@ -17,8 +17,8 @@ class KernelBuild:
     def __init__(self, gguf: GgufFile) -> None:
         have = compiled()
         self.missing = [name for name in needed_kernels(gguf) if name not in have]
-        # Numba keeps one index for all products: those are compiled by one process.
-        products = [name for name in self.missing if name.startswith(("product:", "unpack:"))]
+        # Numba keeps one index for all products, and so on: those are compiled by one process.
+        products = [name for name in self.missing if name.startswith(("product:", "pack:", "unpack:"))]
         others = [name for name in self.missing if name not in products]
         self._processes = [
             subprocess.Popen(  # noqa: S603 - this Python, and names of our own

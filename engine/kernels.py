@@ -1,7 +1,7 @@
 """Every kernel of the CPU backend by name, and compiling them ahead of their use.
 
 `python -m numoe.engine.kernels NAME ...` compiles into the disk cache and prints each name when it
-is there. Names are "product:Q8_0", "unpack:Q8_0", "step:attend", "loop:shard".
+is there. Names are "product:Q8_0", "pack:Q8_0", "unpack:Q8_0", "step:attend", "loop:shard".
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def needed_kernels(gguf: GgufFile) -> list[str]:
     products = {info.qtype for info in gguf.tensors.values() if len(info.shape) > 1}
     names = [f"loop:{name}" for name in LOOPS] + [f"step:{name}" for name in STEP_KERNELS]
     names.append(f"unpack:{gguf.tensors['token_embd.weight'].qtype.name}")
-    return names + [f"product:{qtype.name}" for qtype in sorted(products)]
+    return names + [f"{kind}:{qtype.name}" for qtype in sorted(products) for kind in ("product", "pack")]
 
 
 def compile_kernel(name: str) -> None:
@@ -37,7 +37,11 @@ def compile_kernel(name: str) -> None:
     from numba import types
 
     kind, _, what = name.partition(":")
-    if kind in ("product", "unpack"):
+    if kind == "pack":
+        from numoe.engine.cpu.packing import pack_kernel
+
+        pack_kernel(QuantType[what])
+    elif kind in ("product", "unpack"):
         from numoe.engine.cpu import products
 
         (products.product_kernel if kind == "product" else products.unpack_kernel)(QuantType[what])

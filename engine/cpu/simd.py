@@ -59,8 +59,13 @@ class _VecModel(models.PrimitiveModel):
 
 i8x64, i32x16, f32x16 = Vec("i8", 64), Vec("i32", 16), Vec("f32", 16)
 addr = types.intp
-_SCALARS = {types.intp: _I64, types.int32: _I32, types.uint32: _I32, types.float32: ir.FloatType()}
-_SCALARS[types.float64] = ir.DoubleType()
+_SCALARS = {
+    types.intp: _I64,
+    types.int16: ir.IntType(16),
+    types.uint8: ir.IntType(8),
+    types.float64: ir.DoubleType(),
+    types.int32: _I32, types.uint32: _I32, types.float32: ir.FloatType()}
+
 
 
 def operation(result: types.Type, *arguments: types.Type) -> Callable[[Callable[..., Value]], Any]:
@@ -252,6 +257,8 @@ def _scalar_load(result: types.Type, doc: str) -> Any:
 load_scalar_i32 = _scalar_load(types.int32, "One int32.")
 load_scalar_i64 = _scalar_load(types.intp, "One int64.")
 load_scalar_f32 = _scalar_load(types.float32, "One float32.")
+load_scalar_u8 = _scalar_load(types.uint8, "One unsigned byte.")
+load_scalar_i16 = _scalar_load(types.int16, "Two bytes.")
 load_scalar_f64 = _scalar_load(types.float64, "One float64.")
 
 
@@ -264,6 +271,18 @@ def store_scalar_f32(b: Builder, p: Value, v: Value) -> None:
 @operation(types.void, addr, types.int32)
 def store_scalar_i32(b: Builder, p: Value, v: Value) -> None:
     """One int32."""
+    _store(b, p, v)
+
+
+@operation(types.void, addr, types.intp)
+def store_scalar_u8(b: Builder, p: Value, v: Value) -> None:
+    """The lowest byte of an integer."""
+    _store(b, p, b.trunc(v, ir.IntType(8)))
+
+
+@operation(types.void, addr, types.int16)
+def store_scalar_i16(b: Builder, p: Value, v: Value) -> None:
+    """Two bytes."""
     _store(b, p, v)
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from numoe.engine.cpu.memory import address, align, aligned_bytes, record
+from numoe.engine.cpu.packing import pack
 from numoe.engine.cpu.products import product_kernel
 from numoe.engine.cpu.rows import activation_bytes
 from numoe.engine.cpu.sync import BARRIER_BYTES, CACHE_LINE, default_spins
 from numoe.engine.experts.loop import LAYER_FIELDS, SHARD_FIELDS, shard_loop
 from numoe.engine.experts.mailbox import REQUEST_SEQUENCE, Mailbox
-from numoe.engine.formats import BLOCK_COLS, Shape, pack, shape_of
+from numoe.engine.formats import BLOCK_COLS, Shape, shape_of
 from numoe.engine.gguf import GgufFile
 from numoe.engine.models.config import ModelConfig
 from numoe.engine.progress import Progress

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from numoe.engine.cpu.memory import address, aligned_bytes
+from numoe.engine.cpu.packing import pack
 from numoe.engine.cpu.products import product_kernel, unpack_kernel
-from numoe.engine.formats import GROUP_ROWS, Shape, pack, shape_of
+from numoe.engine.formats import GROUP_ROWS, Shape, shape_of
 from numoe.engine.gguf import GgufFile
 from numoe.engine.progress import Progress
 

@@ -1,0 +1,270 @@
+"""Whatever comes, in whatever order: every request gets its own tokens and exactly one end.
+
+The forward pass is played by a cache of token ids, so that each step shows what attention would
+read: if pages were shared, lost, stale or filled twice, a request would see another's tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from numoe.engine.errors import NumoeError, ResourceError, UnavailableError
+from numoe.engine.kv import PAGE_TOKENS, pages_for
+from numoe.engine.requests import Finished, GenerationRequest, PrefillProgress, Started, TokenGenerated
+from numoe.engine.sampling import SampledToken
+from numoe.engine.scheduler import Batch, Scheduler
+from tests.engine.scheduler.support import Cache, Clock, make, request
+
+CONTEXT = 3 * PAGE_TOKENS - 100
+STOP = 9
+PATIENCE = 12  # tokens that a request must get once it is the oldest and only steps happen
+# Short, around the end of a page, and close to the context: where pages run out while others decode.
+PROMPT_LENGTHS = (
+    st.integers(1, 8)
+    | st.integers(PAGE_TOKENS - 6, PAGE_TOKENS + 2)
+    | st.integers(2 * PAGE_TOKENS - 6, 2 * PAGE_TOKENS + 2)
+    | st.integers(CONTEXT - 6, CONTEXT - 1)
+)
+TOKENS = st.lists(st.integers(0, STOP), min_size=4, max_size=4)
+
+
+@dataclass
+class Expected:
+    """What a client knows of its request, and how it must end (None: it still runs)."""
+
+    request: GenerationRequest
+    sent: list[int] = field(default_factory=list)
+    prefilled: int = 0
+    started: bool = False
+    ending: str | None = None
+    finished: bool = False
+
+    @property
+    def history(self) -> list[int]:
+        return [*self.request.token_ids, *self.sent]
+
+
+class AnyTraffic(RuleBasedStateMachine):
+    """Submits, aborts, deadlines and steps that work, fail, are run again or are given up."""
+
+    @initialize(
+        slots=st.integers(1, 4), n_pages=st.integers(3, 7), chunk_tokens=st.sampled_from([40, PAGE_TOKENS, 1000])
+    )
+    def start(self, slots: int, n_pages: int, chunk_tokens: int) -> None:
+        self.clock, self.wall = Clock(), 0.0
+        self.scheduler: Scheduler = make(slots, CONTEXT, chunk_tokens, queue_limit=3, n_pages=n_pages, clock=self.clock)
+        self.cache = Cache(n_pages)
+        self.requests: dict[str, Expected] = {}
+
+    # --- what may happen --------------------------------------------------------------------------
+
+    @rule(
+        length=PROMPT_LENGTHS,
+        max_tokens=st.integers(1, 12) | st.just(1000),
+        stops=st.booleans(),
+        lifetime=st.none() | st.integers(0, 8),
+    )
+    def submit(self, length: int, max_tokens: int, stops: bool, lifetime: int | None) -> None:
+        number = len(self.requests)
+        new = request(
+            str(number),
+            range(1000 * (number + 1), 1000 * (number + 1) + length),  # nobody else's ids
+            max_tokens,
+            stop_ids=frozenset({STOP} if stops else ()),
+            deadline=None if lifetime is None else self.wall + lifetime,
+        )
+        try:
+            self.scheduler.submit(new)
+        except ResourceError:
+            assert self.scheduler.status(0, {}).queued >= 3, "refused although the queue has room"
+        else:
+            self.requests[new.request_id] = Expected(new)
+
+    @precondition(lambda self: self.requests)
+    @rule(number=st.integers(0, 100))
+    def abort(self, number: int) -> None:
+        expected = self.requests[str(number % len(self.requests))]
+        assert self.scheduler.abort(expected.request.request_id) == (expected.ending is None)
+        expected.ending = expected.ending or "cancelled"
+        self.take_events()
+
+    @rule(seconds=st.sampled_from([0.5, 3.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.wall += seconds
+        self.clock.now += seconds
+
+    @rule(tokens=TOKENS, failures=st.sampled_from([0, 0, 0, 1, 2]))
+    def a_step(self, tokens: list[int], failures: int) -> None:
+        if (batch := self.schedule()) is not None:
+            for _ in range(1 + failures):
+                self.cache.run(batch)
+            self.check_attention(batch)
+            self.finish_step(batch, [SampledToken(token) for token in tokens])
+
+    @rule(tokens=TOKENS, times=st.integers(2, 12))
+    def some_steps(self, tokens: list[int], times: int) -> None:
+        for _ in range(times):
+            self.a_step(tokens, failures=0)
+
+    @rule(tokens=TOKENS, number=st.integers(0, 100), retried=st.booleans())
+    def a_step_during_which_somebody_leaves(self, tokens: list[int], number: int, retried: bool) -> None:
+        if (batch := self.schedule()) is not None:
+            self.cache.run(batch)
+            self.check_attention(batch)
+            self.abort(number)
+            if retried:
+                self.cache.run(batch)
+            self.finish_step(batch, [SampledToken(token) for token in tokens])
+
+    @rule(tokens=TOKENS, broken=st.integers(0, 3))
+    def a_step_with_a_sampling_error(self, tokens: list[int], broken: int) -> None:
+        if (batch := self.schedule()) is not None:
+            self.cache.run(batch)
+            sampled: list[SampledToken | NumoeError] = [SampledToken(token) for token in tokens]
+            sampled[broken] = UnavailableError("not finite")
+            self.finish_step(batch, sampled)
+
+    @rule()
+    def a_step_that_is_given_up(self) -> None:
+        if (batch := self.schedule()) is not None:
+            self.cache.run(batch)
+
+    def teardown(self) -> None:
+        """Nothing starves: once all is quiet, each request ends within the steps that it needs."""
+        if not hasattr(self, "scheduler"):
+            return
+        steps = -(-CONTEXT // self.scheduler.config.chunk_tokens) + PATIENCE
+        for name, expected in self.requests.items():  # each the oldest when its turn comes
+            for _ in range(steps):
+                if expected.ending is None:
+                    self.a_step([1, 2, 3, 4], failures=0)
+            if expected.ending is None:
+                assert len(expected.sent) >= PATIENCE, f"request {name} starves"
+                self.abort(int(name))
+        assert all(expected.finished for expected in self.requests.values())
+        assert not self.scheduler.has_work
+        assert self.scheduler.schedule(self.wall) is None
+        assert self.scheduler.status(0, {}).kv_pages_used == 0
+
+    # --- what must be true then -------------------------------------------------------------------
+
+    def schedule(self) -> Batch | None:
+        for expected in self.requests.values():
+            deadline = expected.request.deadline
+            if expected.ending is None and deadline is not None and deadline <= self.wall:
+                expected.ending = "deadline"
+        batch = self.scheduler.schedule(self.wall)
+        self.take_events()
+        live = [e for e in self.requests.values() if e.ending is None]
+        assert (batch is not None) == bool(live), "a step without work, or work without a step"
+        if batch is not None:
+            self.check_rows(batch)
+            self.check_pages(batch)
+            oldest = next(e for e in live if e.started)
+            assert oldest.request.request_id in {part.sequence.request.request_id for part in batch.parts}
+        return batch
+
+    def check_rows(self, batch: Batch) -> None:
+        decoding, prefill_rows, row, logit_row = True, 0, 0, 0
+        for part in batch.parts:
+            expected = self.requests[part.sequence.request.request_id]
+            history, end = expected.history, part.start + part.rows
+            is_decode = bool(expected.sent) and part.start == len(history) - 1
+            assert decoding or not is_decode, "a decode row after prefill rows"
+            decoding = is_decode
+            prefill_rows += 0 if is_decode else part.rows
+            here = slice(row, row + part.rows)
+            assert batch.positions[here].tolist() == list(range(part.start, end))
+            assert batch.token_ids[here].tolist() == history[part.start : end]
+            assert set(batch.slots[here].tolist()) == {part.sequence.slot}
+            row += part.rows
+            assert (part.logit_row is not None) == (end == len(history)), "logits only after the last token"
+            if part.logit_row is not None:
+                assert part.logit_row == logit_row
+                assert batch.logit_rows[logit_row] == row - 1
+                logit_row += 1
+        assert (row, logit_row) == (len(batch.token_ids), len(batch.logit_rows))
+        assert prefill_rows <= self.scheduler.config.chunk_tokens
+        assert len({part.sequence.slot for part in batch.parts}) == len(batch.parts)
+
+    def check_pages(self, batch: Batch) -> None:
+        named = [
+            page
+            for part in batch.parts
+            for page in batch.page_tables[part.sequence.slot, : pages_for(part.start + part.rows)].tolist()
+        ]
+        assert len(set(named)) == len(named), "two sequences share a page"
+        assert set(named) <= set(range(self.scheduler.config.n_pages))
+
+    def check_attention(self, batch: Batch) -> None:
+        row = -1
+        for part in batch.parts:
+            row += part.rows
+            history = self.requests[part.sequence.request.request_id].history
+            assert self.cache.read(batch, row) == history[: part.start + part.rows]
+
+    def finish_step(self, batch: Batch, sampled: list[SampledToken | NumoeError]) -> None:
+        for part in batch.parts:
+            expected = self.requests[part.sequence.request.request_id]
+            if part.logit_row is not None and expected.ending is None:
+                token, asked = sampled[part.logit_row], expected.request
+                if isinstance(token, NumoeError):
+                    expected.ending = "error"
+                elif token.token_id in asked.stop_ids:
+                    expected.ending = "stop"
+                elif len(expected.sent) + 1 == asked.max_tokens or len(expected.history) + 1 == CONTEXT:
+                    expected.ending = "length"
+        self.scheduler.postprocess(batch, sampled[: len(batch.logit_rows)])
+        before = {name: list(expected.sent) for name, expected in self.requests.items()}
+        self.take_events()
+        for part in batch.parts:
+            expected = self.requests[part.sequence.request.request_id]
+            token = None if part.logit_row is None else sampled[part.logit_row]
+            new = [token.token_id] if isinstance(token, SampledToken) and expected.ending in (None, "length") else []
+            assert expected.sent == before[expected.request.request_id] + new
+
+    def take_events(self) -> None:
+        for event in self.scheduler.drain_events():
+            expected = self.requests[event.request_id]
+            prompt = len(expected.request.token_ids)
+            assert not expected.finished, "an event after the last"
+            assert expected.started != isinstance(event, Started) or isinstance(event, Finished)
+            match event:
+                case Started():
+                    earlier = list(self.requests.values())[: int(event.request_id)]
+                    assert all(e.started or e.ending for e in earlier), "somebody jumped the queue"
+                    assert (event.prompt_tokens, event.cached_tokens) == (prompt, 0)
+                    expected.started = True
+                case PrefillProgress():
+                    assert not expected.sent
+                    assert 0 < event.done_tokens <= event.prompt_tokens == prompt
+                    expected.prefilled = event.done_tokens
+                case TokenGenerated():
+                    assert expected.prefilled == prompt
+                    expected.sent.append(event.token_id)
+                case Finished():
+                    expected.finished = True
+                    assert event.reason == expected.ending
+                    assert event.completion_tokens == len(expected.sent)
+                    assert bool(event.error) == (event.reason == "error")
+                    times = event.timings
+                    assert min(times.queued_ms, times.prefill_ms, times.decode_ms) >= 0
+
+    @invariant()
+    def the_scheduler_is_sound(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        self.scheduler.check_integrity()
+        live = {name for name, expected in self.requests.items() if expected.ending is None}
+        status = self.scheduler.status(0, {})
+        assert {slot.request_id for slot in status.slots if slot.state != "idle"} <= live
+        assert status.queued + sum(slot.state != "idle" for slot in status.slots) == len(live)
+        assert self.scheduler.has_work == bool(live)
+
+
+AnyTraffic.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestAnyTraffic = AnyTraffic.TestCase
