@@ -1,0 +1,34 @@
+"""Every instruction set that this host can run computes the same."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from numoe.engine.cpu.isa import choose_isa, host_isas
+from numoe.engine.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.parametrize("isa", host_isas())
+def test_kernels_are_right_on_every_path(isa: str) -> None:
+    environment = {**os.environ, "NUMOE_ISA": isa}
+    command = [sys.executable, "-m", "tests.engine.cpu.isa_check"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == f"{isa} ok"
+
+
+def test_the_portable_path_runs_everywhere() -> None:
+    assert host_isas()[-1] == "portable"
+
+
+def test_a_path_that_cannot_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NUMOE_ISA", "sve2")
+    with pytest.raises(InputError, match=r"NUMOE_ISA=sve2 cannot run.*portable"):
+        choose_isa()
