@@ -52,7 +52,7 @@ class AnyTraffic(RuleBasedStateMachine):
     """Submits, aborts, deadlines and steps that work, fail, are run again or are given up."""
 
     @initialize(
-        slots=st.integers(1, 4), n_pages=st.integers(3, 7), chunk_tokens=st.sampled_from([40, PAGE_TOKENS, 1000])
+        slots=st.integers(2, 4), n_pages=st.integers(3, 5), chunk_tokens=st.sampled_from([40, PAGE_TOKENS, 1000])
     )
     def start(self, slots: int, n_pages: int, chunk_tokens: int) -> None:
         self.clock, self.wall = Clock(), 0.0
@@ -61,6 +61,11 @@ class AnyTraffic(RuleBasedStateMachine):
         self.requests: dict[str, Expected] = {}
 
     # --- what may happen --------------------------------------------------------------------------
+
+    @rule(lengths=st.lists(st.integers(PAGE_TOKENS - 4, PAGE_TOKENS), min_size=2, max_size=4))
+    def a_crowd_that_needs_more_pages_soon(self, lengths: list[int]) -> None:
+        for length in lengths:
+            self.submit(length, max_tokens=1000, stops=False, lifetime=None)
 
     @rule(
         length=PROMPT_LENGTHS,
@@ -105,7 +110,7 @@ class AnyTraffic(RuleBasedStateMachine):
             self.check_attention(batch)
             self.finish_step(batch, [SampledToken(token) for token in tokens])
 
-    @rule(tokens=TOKENS, times=st.integers(2, 12))
+    @rule(tokens=TOKENS, times=st.integers(4, 12))
     def some_steps(self, tokens: list[int], times: int) -> None:
         for _ in range(times):
             self.a_step(tokens, failures=0)
@@ -266,5 +271,5 @@ class AnyTraffic(RuleBasedStateMachine):
         assert self.scheduler.has_work == bool(live)
 
 
-AnyTraffic.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+AnyTraffic.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 TestAnyTraffic = AnyTraffic.TestCase
