@@ -26,7 +26,9 @@ def random_weights(qtype: QuantType, rows: int, cols: int, seed: int = 0) -> tup
 class Matrix:
     """A packed matrix whose products can be called."""
 
-    def __init__(self, raw: np.ndarray, qtype: QuantType, cols: int, block_range: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, raw: np.ndarray, qtype: QuantType, cols: int, block_range: tuple[int, int] | None = None
+    ) -> None:
         self.qtype, self.shape = qtype, shape_of(qtype, len(raw), cols, block_range)
         self.data = aligned_bytes(self.shape.nbytes)
         pack(raw, qtype, self.data, block_range)

@@ -1,0 +1,98 @@
+"""Topology is read, models are placed, and what does not fit is refused with numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from numoe.cluster.plan import Plan, PlanOptions, check_memory, make_plan
+from numoe.cluster.topology import NumaNode, Topology, parse_cpu_list, read_topology
+from numoe.engine.errors import InputError, ResourceError
+from numoe.engine.gguf import GgufFile
+from numoe.engine.models.config import ModelConfig
+from tests.models import make_model
+
+TWO_NODES = Topology((NumaNode(0, (0, 1, 2), 1 << 30), NumaNode(1, (4, 5, 6), 1 << 30)))
+
+
+def sysfs(root: Path, nodes: dict[int, str]) -> Path:
+    for number, cpus in nodes.items():
+        folder = root / f"node{number}"
+        folder.mkdir(parents=True)
+        (folder / "cpulist").write_text(cpus + "\n")
+        (folder / "meminfo").write_text(f"Node {number} MemTotal:       1024 kB\nNode {number} MemFree:  1 kB\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("text", "cpus"), [("0-3", [0, 1, 2, 3]), ("0,2-3,9", [0, 2, 3, 9]), ("", []), ("7", [7])]
+)
+def test_cpu_lists(text: str, cpus: list[int]) -> None:
+    assert parse_cpu_list(text) == cpus
+
+
+def test_nodes_are_read_in_order_and_within_the_affinity(tmp_path: Path) -> None:
+    root = sysfs(tmp_path, {0: "0-3", 1: "4-7", 10: "8-9", 2: ""})
+    topology = read_topology(root, allowed=range(2, 9))
+    assert [(node.id, node.cpus) for node in topology.nodes] == [(0, (2, 3)), (1, (4, 5, 6, 7)), (10, (8,))]
+    assert topology.cpus == 7
+    assert topology.nodes[0].memory == 1024 * 1024
+
+
+def test_a_kernel_without_numa_is_one_node(tmp_path: Path) -> None:
+    assert read_topology(tmp_path, allowed=[0, 1]).nodes == (NumaNode(0, (0, 1), 0),)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("m") / "m.gguf", "qwen3moe", expert_ffn=256, context=4096)
+
+
+def plan(model: Path, topology: Topology = TWO_NODES, **options: int) -> Plan:
+    with GgufFile.open(model) as gguf:
+        return make_plan(ModelConfig.from_gguf(gguf), gguf, topology, PlanOptions(**options))
+
+
+def test_one_shard_for_each_node(model: Path) -> None:
+    placed = plan(model)
+    assert [(shard.numa_node, shard.threads) for shard in placed.shards] == [(0, 3), (1, 3)]
+    assert placed.attention_threads == 6
+    assert placed.context == 4096
+
+
+@pytest.mark.parametrize("shards", [1, 3, 4, 8])
+def test_threads_and_bytes_are_shared_out(model: Path, shards: int) -> None:
+    placed = plan(model, shards=shards)
+    assert sum(shard.threads for shard in placed.shards) == max(6, shards)
+    assert {shard.numa_node for shard in placed.shards} == ({0} if shards == 1 else {0, 1})
+    assert sum(shard.nbytes for shard in placed.shards) == plan(model, shards=1).shards[0].nbytes
+
+
+@pytest.mark.parametrize(
+    ("flag", "options"),
+    [
+        ("--shards", {"shards": 9}),
+        ("--parallel", {"slots": 0}),
+        ("--ctx-size", {"context": 4097}),
+        ("--threads", {"threads": -1}),
+    ],
+)
+def test_a_value_that_makes_no_sense_names_its_flag(model: Path, flag: str, options: dict[str, int]) -> None:
+    with pytest.raises(InputError, match=flag):
+        plan(model, **options)
+
+
+def test_missing_memory_is_named(model: Path) -> None:
+    placed = plan(model)
+    check_memory(placed, available=placed.total_bytes, shared=placed.shared_bytes)
+    with pytest.raises(ResourceError, match=r"0\.50 GB is missing.*--ctx-size"):
+        check_memory(placed, available=placed.total_bytes - 500_000_000, shared=1 << 40)
+    with pytest.raises(ResourceError, match=r"shared memory.*--shm-size"):
+        check_memory(placed, available=1 << 40, shared=placed.shared_bytes - 1)
+
+
+def test_a_dense_model_has_no_shards(tmp_path: Path) -> None:
+    placed = plan(make_model(tmp_path / "m.gguf", "llama"))
+    assert placed.shards == ()
+    assert placed.mailbox is None

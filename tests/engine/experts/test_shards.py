@@ -1,0 +1,167 @@
+"""Shards against a float64 mixture of experts, through the mailbox."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from numoe.engine import shm
+from numoe.engine.cpu.memory import address
+from numoe.engine.cpu.rows import quantize_reference, quantize_row
+from numoe.engine.cpu.sync import publish
+from numoe.engine.experts.mailbox import (
+    REQUEST_LAYER,
+    REQUEST_ROWS,
+    REQUEST_SEQUENCE,
+    REQUEST_SLEEPERS,
+    Mailbox,
+    MailboxLayout,
+)
+from numoe.engine.experts.shard import ExpertShard, ShardSlice
+from numoe.engine.gguf import GgufFile
+from numoe.engine.models.config import ModelConfig
+from tests.models import make_model
+
+HIDDEN, EXPERTS, USED, MAX_ROWS, LAYER = 128, 5, 2, 40, 1
+
+
+@pytest.fixture(scope="module", params=["F32", "Q8_0"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    options = {"n_experts": EXPERTS, "n_used": USED, "hidden": HIDDEN, "expert_ffn": 128}
+    return make_model(tmp_path_factory.mktemp("m") / "m.gguf", "qwen3moe", experts_type=request.param, **options)
+
+
+class Client:
+    """Asks running shards as the attention worker does."""
+
+    def __init__(self, mailbox: Mailbox) -> None:
+        self.mailbox, self.layout, self.sequence = mailbox, mailbox.layout, 0
+
+    def _region(self, at: int, nbytes: int) -> np.ndarray:
+        return self.mailbox.segment.array[at : at + nbytes]
+
+    def ask(self, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Partial sums float32 [shards, rows, hidden] for rows x float32 [rows, hidden]."""
+        layout, rows = self.layout, len(x)
+        self._region(layout.ids, 4 * ids.size)[:] = ids.astype(np.int32).reshape(-1).view(np.uint8)
+        self._region(layout.weights, weights.nbytes)[:] = weights.reshape(-1).view(np.uint8)
+        self._region(layout.f32_rows, x.nbytes)[:] = x.reshape(-1).view(np.uint8)
+        stride = (layout.f32_rows - layout.q8_rows) // layout.max_rows
+        for i, row in enumerate(x):
+            quantize_row(address(row), HIDDEN, self.mailbox.base + layout.q8_rows + i * stride)
+        self._region(REQUEST_LAYER, 8).view(np.int64)[0] = LAYER
+        self._region(REQUEST_ROWS, 8).view(np.int64)[0] = rows
+        self.mailbox.partials()[:] = np.nan
+        self.sequence += 1
+        base = self.mailbox.base
+        publish(base + REQUEST_SEQUENCE, base + REQUEST_SLEEPERS, np.uint32(self.sequence))
+        for shard in range(layout.shards):
+            at = layout.reply(shard)
+            while self._region(at, 4).view(np.uint32)[0] != self.sequence:
+                pass
+        return self.mailbox.partials()[:, :rows].copy()
+
+
+@contextmanager
+def running(model: Path, shards: int, threads: int = 2) -> Iterator[Client]:
+    folder = shm.create_folder(f"test-{secrets.token_hex(4)}")
+    with GgufFile.open(model) as gguf:
+        config = ModelConfig.from_gguf(gguf)
+        mailbox = Mailbox.create(str(folder / "mailbox"), MailboxLayout(shards, MAX_ROWS, USED, HIDDEN))
+        crew = []
+        for index in range(shards):
+            cut = ShardSlice(index, shards)
+            crew.append(ExpertShard(config, gguf, mailbox, cut, folder=folder, threads=threads, threads_on_host=99))
+            crew[-1].load()
+            crew[-1].start()
+        try:
+            yield Client(mailbox)
+        finally:
+            mailbox.stop_shards()
+            for shard in crew:
+                shard.join()
+            shm.remove_folder(folder)
+
+
+def mixture(model: Path, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The layer in float64, with activations rounded where the kernels round them."""
+    with GgufFile.open(model) as gguf:
+        names = [f"blk.{LAYER}.ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
+        gate, up, down = (gguf.dequantize(name).astype(np.float64) for name in names)
+        rounds = gguf.tensors[names[0]].qtype.name == "Q8_0"
+
+    def seen(rows: np.ndarray) -> np.ndarray:
+        if not rounds:
+            return rows.astype(np.float64)
+        codes, scales = quantize_reference(rows.astype(np.float32))
+        return codes * np.repeat(scales.astype(np.float64), 32, axis=1)
+
+    out = np.zeros((len(x), HIDDEN))
+    for row, choice in np.ndindex(ids.shape):
+        expert, rounded = ids[row, choice], seen(x[row : row + 1])
+        g = rounded @ gate[expert].T
+        h = g / (1 + np.exp(-g)) * (rounded @ up[expert].T)
+        out[row] += weights[row, choice] * (seen(h) @ down[expert].T)[0]
+    return out
+
+
+def case(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    ids = np.stack([rng.permutation(EXPERTS)[:USED] for _ in range(rows)])
+    weights = rng.uniform(0.1, 1, ids.shape).astype(np.float32)
+    return rng.standard_normal((rows, HIDDEN)).astype(np.float32), ids, weights
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 4])
+def test_partial_sums_add_up_to_the_mixture(model: Path, shards: int) -> None:
+    with running(model, shards) as client:
+        for rows in (1, 2, 13, MAX_ROWS):
+            x, ids, weights = case(rows, seed=rows)
+            found, want = client.ask(x, ids, weights).sum(axis=0), mixture(model, x, ids, weights)
+            # A product in float32 may land on the other side of a rounding of h than in float64.
+            assert ((found - want) ** 2).mean() <= 2e-6 * want.var()
+
+
+def test_every_row_on_one_expert(model: Path) -> None:
+    x, ids, weights = case(MAX_ROWS, seed=1)
+    ids[:] = [3, 0]
+    with running(model, 2) as client:
+        want = mixture(model, x, ids, weights)
+        assert ((client.ask(x, ids, weights).sum(axis=0) - want) ** 2).mean() <= 2e-6 * want.var()
+
+
+def test_a_row_is_the_same_alone_and_with_others_and_for_any_threads(model: Path) -> None:
+    x, ids, weights = case(20, seed=2)
+    with running(model, 2, threads=1) as client:
+        want = client.ask(x, ids, weights)
+    for threads in (2, 3):
+        with running(model, 2, threads=threads) as client:
+            assert np.array_equal(client.ask(x, ids, weights), want)
+            for row in (0, 7, 19):
+                part = slice(row, row + 1)
+                assert np.array_equal(client.ask(x[part], ids[part], weights[part]), want[:, part])
+
+
+def test_regions_of_a_mailbox_do_not_overlap() -> None:
+    layout = MailboxLayout(3, 17, 8, 256)
+    starts = [layout.reply(0), layout.ids, layout.weights, layout.q8_rows, layout.f32_rows, layout.partials]
+    assert starts == sorted(starts)
+    assert layout.reply(2) + 256 <= layout.ids
+    assert layout.ids + 4 * 17 * 8 <= layout.weights
+    assert layout.weights + 4 * 17 * 8 <= layout.q8_rows
+    assert layout.q8_rows + 17 * (256 + 256 // 32 * 16) <= layout.f32_rows
+    assert layout.f32_rows + 17 * 256 * 4 <= layout.partials
+    assert layout.partials + 3 * layout.partial_bytes <= layout.nbytes
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 24])
+def test_slices_cover_every_block_once(count: int) -> None:
+    ranges = [ShardSlice(index, count).blocks(768) for index in range(count)]
+    assert [block for first, last in ranges for block in range(first, last)] == list(range(24))
+    sizes = [last - first for first, last in ranges]
+    assert max(sizes) - min(sizes) <= 1

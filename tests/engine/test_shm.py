@@ -1,0 +1,61 @@
+"""Shared memory is private, reserved before use, and never left behind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from numoe.engine import shm
+from numoe.engine.errors import ResourceError, UnavailableError
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(shm, "ROOT", tmp_path / "numoe")
+    return tmp_path / "numoe"
+
+
+def test_two_mappings_see_the_same_bytes(root: Path) -> None:
+    folder = shm.create_folder("one")
+    first = shm.SharedSegment.create(folder / "x", 4096)
+    second = shm.SharedSegment.attach(folder / "x", 4096)
+    first.array[17] = 5
+    assert second.array[17] == 5
+    assert (folder / "x").stat().st_mode & 0o777 == 0o600
+    assert folder.stat().st_mode & 0o777 == 0o700
+    shm.remove_folder(folder)
+    assert not root.exists()
+
+
+def test_no_room_is_said_and_leaves_no_file(root: Path) -> None:
+    folder = shm.create_folder("one")
+    with pytest.raises(ResourceError, match="no room"):
+        shm.SharedSegment.create(folder / "x", 1 << 60)
+    assert not (folder / "x").exists()
+
+
+def test_another_size_is_not_attached(root: Path) -> None:
+    folder = shm.create_folder("one")
+    shm.SharedSegment.create(folder / "x", 4096)
+    with pytest.raises(UnavailableError, match="8192 bytes"):
+        shm.SharedSegment.attach(folder / "x", 8192)
+    with pytest.raises(UnavailableError, match="cannot be mapped"):
+        shm.SharedSegment.attach(folder / "absent", 4096)
+
+
+def test_only_folders_of_dead_owners_are_stale(root: Path) -> None:
+    living, dead, reused = (shm.create_folder(name) for name in ("living", "dead", "reused"))
+    (dead / "owner").write_text("999999999 1.0")
+    (reused / "owner").write_text(f"{os.getpid()} 1.0")  # this pid, but of a process that started long ago
+    assert shm.remove_stale() == [dead, reused]
+    assert living.is_dir()
+
+
+def test_a_folder_that_is_just_being_made_is_spared(root: Path) -> None:
+    shm.create_folder("living")
+    (root / "new").mkdir()
+    assert shm.remove_stale() == []
+    os.utime(root / "new", (1, 1))
+    assert shm.remove_stale() == [root / "new"]

@@ -1,0 +1,132 @@
+"""The forward pass against the float64 reference, and what must not change its results."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from numoe.engine.errors import UnavailableError
+from numoe.engine.gguf import GgufFile
+from numoe.engine.models.reference import reference_logits
+from tests.engine.worker.local import batch, local_forward, sequence_logits
+from tests.models import WEIGHT_TYPES, make_model
+
+TOKENS = np.random.default_rng(7).integers(0, 256, 70).tolist()
+
+
+def nmse(found: np.ndarray, want: np.ndarray) -> float:
+    return float(((found - want) ** 2).mean() / want.var())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantized mixture: what could depend on the batch would show."""
+    return make_model(tmp_path_factory.mktemp("m") / "m.gguf", "qwen3moe", experts_type="Q4_K", attn_type="Q8_0")
+
+
+F32_MODELS = {
+    "qwen3moe": ("qwen3moe", {}),
+    "llama-moe": ("llama-moe", {}),
+    "llama": ("llama", {}),
+    "tied": ("llama", {"tied": True}),
+    "linear": ("llama", {"rope_scaling": "linear", "rope_factor": 4.0}),
+    "yarn": ("qwen3moe", {"rope_scaling": "yarn", "rope_factor": 4.0}),
+    "one kv head, in parts": ("llama-moe", {"kv_heads": 1, "splits": 3}),
+    "every head its own": ("llama-moe", {"heads": 4, "kv_heads": 4}),
+}
+
+
+@pytest.mark.parametrize("name", F32_MODELS)
+def test_float_models_equal_the_float64_reference(name: str, tmp_path: Path) -> None:
+    arch, options = F32_MODELS[name]
+    # Every expert is used, so that rounding the KV cache to float16 cannot swap two that nearly tie.
+    moe = {} if arch == "llama" else {"n_experts": 4, "n_used": 4}
+    path = make_model(tmp_path / "m.gguf", arch, **options, **moe)
+    with GgufFile.open(path) as gguf, local_forward(path) as forward:
+        want, found = reference_logits(gguf, TOKENS), sequence_logits(forward, TOKENS)
+    assert nmse(found, want) <= 1e-6
+    assert (found.argmax(axis=1) == want.argmax(axis=1)).all()
+
+
+@pytest.mark.parametrize("qtype", WEIGHT_TYPES)
+def test_weight_formats_are_as_close_as_eight_bit_activations_allow(qtype: str, tmp_path: Path) -> None:
+    options = {"experts_type": qtype, "attn_type": qtype, "n_experts": 4, "n_used": 4}
+    path = make_model(tmp_path / "m.gguf", "qwen3moe", **options)
+    with GgufFile.open(path) as gguf, local_forward(path, shards=2) as forward:
+        error = nmse(sequence_logits(forward, TOKENS[:40]), reference_logits(gguf, TOKENS[:40]))
+    assert error <= (1e-6 if qtype in ("F32", "F16", "BF16") else 6e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_the_chunk_size_changes_no_bit(model: Path, chunk: int) -> None:
+    with local_forward(model) as forward:
+        whole = sequence_logits(forward, TOKENS, chunk=len(TOKENS), slot=1)
+        assert np.array_equal(sequence_logits(forward, TOKENS, chunk=chunk), whole)
+
+
+def test_a_row_among_seven_other_sequences_changes_no_bit(model: Path) -> None:
+    with local_forward(model) as forward:
+        prompts = np.random.default_rng(1).integers(0, 256, (8, 20)).tolist()
+        alone = [sequence_logits(forward, prompt, slot=slot)[-1] for slot, prompt in enumerate(prompts)]
+        for slot, prompt in enumerate(prompts):
+            sequence_logits(forward, prompt[:-1], slot=slot)
+        together = forward.run(batch(forward, [(p[-1], 19, slot) for slot, p in enumerate(prompts)], range(8)))
+        assert np.array_equal(together, np.stack(alone))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_number_of_threads_changes_no_bit(model: Path, threads: int) -> None:
+    """With one thread attention never splits a sequence's pages, with three it does."""
+    long = np.random.default_rng(2).integers(0, 256, 300).tolist()
+    results = []
+    for count in (2, threads):
+        with local_forward(model, threads=count) as forward:
+            sequence_logits(forward, long[:-1], chunk=96)
+            results.append(forward.run(batch(forward, [(long[-1], 299, 0)], [0])).copy())
+    assert np.array_equal(*results)
+
+
+@pytest.mark.parametrize("shards", [2, 3, 4])
+def test_any_number_of_shards_chooses_the_same_tokens(model: Path, shards: int) -> None:
+    with local_forward(model) as one, local_forward(model, shards=shards) as many:
+        want, found = sequence_logits(one, TOKENS), sequence_logits(many, TOKENS)
+    assert (found.argmax(axis=1) == want.argmax(axis=1)).all()
+    assert nmse(found, want) <= 1e-4
+
+
+def test_more_logit_rows_than_fit_at_once(model: Path) -> None:
+    with local_forward(model) as forward:
+        rows = [(token, i, 0) for i, token in enumerate(TOKENS)]
+        every = forward.run(batch(forward, rows, range(len(rows)))).copy()
+        few = forward.run(batch(forward, rows, [3, 50])).copy()
+        none = forward.run(batch(forward, rows, []))
+    assert every.shape == (len(TOKENS), 288)
+    assert np.array_equal(few, every[[3, 50]])
+    assert none.shape == (0, 288)
+
+
+def test_a_batch_may_be_run_again(model: Path) -> None:
+    with local_forward(model) as forward:
+        rows = batch(forward, [(token, i, 0) for i, token in enumerate(TOKENS)], [len(TOKENS) - 1])
+        first = forward.run(rows).copy()
+        assert np.array_equal(forward.run(rows), first)
+
+
+def test_a_shard_that_does_not_answer_is_named_within_its_bound(model: Path) -> None:
+    with local_forward(model, shards=2, start_shards=False, bound_s=0.2) as forward:
+        start = time.monotonic()
+        with pytest.raises(UnavailableError, match="shard 0"):
+            sequence_logits(forward, TOKENS[:4])
+        assert time.monotonic() - start < 5
+
+
+def test_the_time_of_a_step_is_accounted_for(model: Path) -> None:
+    with local_forward(model) as forward:
+        sequence_logits(forward, TOKENS)
+        times = forward.times_ms()
+    assert set(times) == {"attention", "experts", "wait"}
+    assert times["attention"] > 0
+    assert times["experts"] > 0
