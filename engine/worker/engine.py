@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,8 @@ from numoe.engine.requests import Event, FinishReason, GenerationRequest, Worker
 from numoe.engine.scheduler import Batch, Scheduler
 from numoe.engine.worker.forward import CpuForward
 
-_REMEMBERED_ABORTS = 1024
+_REMEMBERED = 1024  # requests
+_Value = TypeVar("_Value")
 
 
 class Engine:
@@ -30,6 +32,7 @@ class Engine:
         self._stepping = False
         self._stopping = False
         self._overtaken: dict[str, FinishReason] = {}
+        self._submitted: dict[str, None] = {}
         self._steps, self._step_ms = 0, {"total": 0.0}
 
     def submit(self, request: GenerationRequest) -> None:
@@ -38,6 +41,7 @@ class Engine:
             if self._stopping:
                 raise UnavailableError("the server is stopping and takes no new requests")
             self._scheduler.submit(request)
+            _remember(self._submitted, request.request_id, None)
             if (reason := self._overtaken.pop(request.request_id, None)) is not None:
                 self._scheduler.abort(request.request_id, reason)
             self._changed.notify()
@@ -45,11 +49,10 @@ class Engine:
     def abort(self, request_id: str, reason: FinishReason = "cancelled") -> None:
         """End a request: its slot is free when this returns, its Finished event follows."""
         with self._changed:
-            if not self._scheduler.abort(request_id, reason):
-                # The call may have overtaken the request's own: remember it for `submit`.
-                self._overtaken[request_id] = reason
-                while len(self._overtaken) > _REMEMBERED_ABORTS:
-                    del self._overtaken[next(iter(self._overtaken))]
+            if not self._scheduler.abort(request_id, reason) and request_id not in self._submitted:
+                # The call may have overtaken the request's own: remember it for `submit`. (It may
+                # also have come after the end, and then must not hit a later request of that id.)
+                _remember(self._overtaken, request_id, reason)
             self._changed.notify()
 
     def status(self) -> WorkerStatus:
@@ -81,13 +84,14 @@ class Engine:
                 batch = self._scheduler.schedule(time.time())
                 events = self._scheduler.drain_events()
                 self._stepping = batch is not None
-            self._send(events)
-            if batch is not None:
-                events = self._step(batch)
+            try:
+                self._send(events)
+                events = [] if batch is None else self._step(batch)
+            finally:  # `stop` waits for this, whatever went wrong
                 with self._changed:
                     self._stepping = False
                     self._changed.notify_all()
-                self._send(events)
+            self._send(events)
         self._send(self._scheduler.drain_events())
 
     def _send(self, events: list[Event]) -> None:
@@ -137,3 +141,11 @@ class Engine:
                     page_tables=pages,
                 )
             ).copy()
+
+
+def _remember(table: dict[str, _Value], key: str, value: _Value) -> None:
+    """Add an entry, and forget the oldest of too many."""
+    table.pop(key, None)
+    table[key] = value
+    while len(table) > _REMEMBERED:
+        del table[next(iter(table))]
