@@ -60,8 +60,8 @@ TEXTS = (
     "naïve café Zürich Ångström cafe\u0301 e\u0301e\u0301 o\u0302\u0323 A\u030a \u0301alone Ǆ ǅ ƻ ǀ ʔ ß ẞ ﬁ ﬀ",
     "🙂 😀😃😄 👍🏽 👨‍👩‍👧‍👦 🏳️‍🌈 🇩🇪🇫🇷 ❤️ ☎️ 1️⃣ 🧑🏿‍🚀 ✔ ⚠️text🚀text 🦙.cpp",
     "zero\u200bwidth\u200djoin\u200cer \ufeffbom \u00adsoft \u2060word",
-    "nbsp\u00a0here\u00a0\u00a0two thin\u2009space em\u2003space\u3000ideo"
-    "graphic\u2028line\u2029para\u0085nel\u000bvt\u000cff",
+    "nbsp\u00a0here\u00a0\u00a0two thin\u2009space em\u2003space\u3000full width",
+    "line\u2028sep\u2029para\u0085nel\u000bvt\u000cff",
     " \u00a0 \u3000 \u2003\u2003x \u00a0\u00a0\n\u00a0y \u3000\n",
     "control \u0000 \u0001\u0002 \u001b[31mred\u001b[0m \u007f\u0080\u009f",
     "private \ue000\uf8ff unassigned \u0378\u0379 nonchar \ufffe tags \U000e0001 \U0010fffd \ufffd\ufffd",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 from typing import Any
 
@@ -35,10 +36,9 @@ def test_decoding_gives_the_text_back(text: str, pre: str) -> None:
 
 @given(text=texts)
 def test_decoding_gives_plain_text_back_with_sentencepiece(text: str) -> None:
-    text = text.replace("▁", " ")  # the vocabulary's own spelling of a space
+    text = re.sub("[ ▁]+", " ", text).replace("<tool>", "")  # no user-defined token: a space would follow it
     ids = tokenizer("sentencepiece").encode(text, add_special=False, parse_special=False)
-    if not text.startswith(("<tool>", "  ")):  # user-defined tokens, before which there is no prefix
-        assert tokenizer("sentencepiece").decode(ids) == text
+    assert tokenizer("sentencepiece").decode(ids) == text
 
 
 @given(ids=id_lists, name=st.sampled_from((*PRES, "sentencepiece")), skip=st.booleans(), continuation=st.booleans())
