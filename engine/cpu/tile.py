@@ -19,19 +19,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from numoe.engine.cpu.simd import (
-    _I32,
-    Value,
-    _call,
-    _const,
-    _load,
-    _splat,
-    addr,
-    dot_u8s8_ir,
-    f32x16,
-    i8x64,
-    i32x16,
-)
+from numoe.engine.cpu.simd.integers import dot_u8s8
+from numoe.engine.cpu.simd.types import I32, Value, addr, call, const, f32x16, i8x64, i32x16, load, splat
 
 META_BYTES = 16
 """Bytes of scale and sums after an activation row's codes, for each 32 columns."""
@@ -57,7 +46,7 @@ def tile_pointers(typingctx: Any, acc: Any, table: Any) -> Any:
 
     def codegen(context: Any, b: Any, sig: Any, args: Any) -> Value:
         pointers = [
-            _load(b, b.add(args[1], ir.Constant(args[1].type, 8 * t)), ir.IntType(64)) for t in range(acc.count)
+            load(b, b.add(args[1], ir.Constant(args[1].type, 8 * t)), ir.IntType(64)) for t in range(acc.count)
         ]
         return context.make_tuple(b, sig.return_type, pointers)
 
@@ -82,24 +71,24 @@ def _block_dot(b: Any, weights: list[Value], x: Value, start: Value, first: int)
     """Integer dot products of weight vectors with the activation codes at `x`, columns from 4 * first."""
     acc = start
     for j, weight in enumerate(weights):
-        four = _load(b, b.add(x, ir.Constant(x.type, 4 * (first + j))), _I32)
-        acc = dot_u8s8_ir(b, acc, weight, b.bitcast(_splat(b, i32x16, four), i8x64.llvm))
+        four = load(b, b.add(x, ir.Constant(x.type, 4 * (first + j))), I32)
+        acc = dot_u8s8(b, acc, weight, b.bitcast(splat(b, i32x16, four), i8x64.llvm))
     return acc
 
 
 def _meta(b: Any, x: Value, cols: Value, block: Value, field: int, kind: ir.Type) -> Value:
     """A field of the scales and sums of block number `block` of the row at `x`."""
     offset = b.add(cols, b.mul(block, ir.Constant(cols.type, META_BYTES)))
-    return _load(b, b.add(b.add(x, offset), ir.Constant(x.type, 4 * field)), kind)
+    return load(b, b.add(b.add(x, offset), ir.Constant(x.type, 4 * field)), kind)
 
 
 def _biased_start(b: Any, bias: int, total: Value) -> Value:
     """-bias * total in every lane: what the bias of the codes adds to the dot product."""
-    return _splat(b, i32x16, b.mul(total, ir.Constant(_I32, -bias)))
+    return splat(b, i32x16, b.mul(total, ir.Constant(I32, -bias)))
 
 
 def _fma(b: Any, x: Value, y: Value, z: Value) -> Value:
-    return _call(b, "llvm.fma.v16f32", f32x16.llvm, x, y, z)
+    return call(b, "llvm.fma.v16f32", f32x16.llvm, x, y, z)
 
 
 @intrinsic(prefer_literal=True)
@@ -116,14 +105,14 @@ def tile_symmetric(typingctx: Any, acc: Any, codes: Any, scale: Any, bias: Any, 
         results = []
         for total, row in zip(cgutils.unpack_tuple(b, args[0]), pointers, strict=True):
             at = b.add(row, b.mul(args[6], ir.Constant(row.type, 32)))
-            start = _const(i32x16, 0)
+            start = const(i32x16, 0)
             if bias.literal_value:
-                start = _biased_start(b, bias.literal_value, _meta(b, row, args[5], args[6], 1, _I32))
+                start = _biased_start(b, bias.literal_value, _meta(b, row, args[5], args[6], 1, I32))
             # Two chains of four: a dot product takes five cycles.
             even = _block_dot(b, weights[:4], at, start, 0)
-            odd = _block_dot(b, weights[4:], at, _const(i32x16, 0), 4)
+            odd = _block_dot(b, weights[4:], at, const(i32x16, 0), 4)
             dots = b.sitofp(b.add(even, odd), f32x16.llvm)
-            factor = b.fmul(args[2], _splat(b, f32x16, _meta(b, row, args[5], args[6], 0, ir.FloatType())))
+            factor = b.fmul(args[2], splat(b, f32x16, _meta(b, row, args[5], args[6], 0, ir.FloatType())))
             results.append(_fma(b, dots, factor, total))
         return context.make_tuple(b, acc, results)
 
@@ -139,13 +128,13 @@ def tile_affine(typingctx: Any, acc: Any, codes: Any, scale: Any, minimum: Any, 
         results = []
         for total, row in zip(cgutils.unpack_tuple(b, args[0]), pointers, strict=True):
             at = b.add(row, b.mul(args[6], ir.Constant(row.type, 32)))
-            even = _block_dot(b, weights[:4], at, _const(i32x16, 0), 0)
-            odd = _block_dot(b, weights[4:], at, _const(i32x16, 0), 4)
+            even = _block_dot(b, weights[:4], at, const(i32x16, 0), 0)
+            odd = _block_dot(b, weights[4:], at, const(i32x16, 0), 4)
             dots = b.sitofp(b.add(even, odd), f32x16.llvm)
             x_scale = _meta(b, row, args[5], args[6], 0, ir.FloatType())
-            x_sum = b.sitofp(_meta(b, row, args[5], args[6], 1, _I32), ir.FloatType())
-            scaled = _fma(b, args[2], dots, b.fmul(args[3], _splat(b, f32x16, x_sum)))
-            results.append(_fma(b, scaled, _splat(b, f32x16, x_scale), total))
+            x_sum = b.sitofp(_meta(b, row, args[5], args[6], 1, I32), ir.FloatType())
+            scaled = _fma(b, args[2], dots, b.fmul(args[3], splat(b, f32x16, x_sum)))
+            results.append(_fma(b, scaled, splat(b, f32x16, x_scale), total))
         return context.make_tuple(b, acc, results)
 
     return acc(acc, codes, scale, minimum, x, cols, block), codegen
@@ -164,9 +153,9 @@ def tile_halves(
         results = []
         for total, row in zip(cgutils.unpack_tuple(b, args[0]), pointers, strict=True):
             at = b.add(row, b.mul(args[7], ir.Constant(row.type, 32)))
-            x_scale = _splat(b, f32x16, _meta(b, row, args[6], args[7], 0, ir.FloatType()))
+            x_scale = splat(b, f32x16, _meta(b, row, args[6], args[7], 0, ir.FloatType()))
             for half in range(2):
-                start = _biased_start(b, bias.literal_value, _meta(b, row, args[6], args[7], 2 + half, _I32))
+                start = _biased_start(b, bias.literal_value, _meta(b, row, args[6], args[7], 2 + half, I32))
                 dots = _block_dot(b, weights[4 * half : 4 * half + 4], at, start, 4 * half)
                 total = _fma(b, b.sitofp(dots, f32x16.llvm), b.fmul(args[2 + half], x_scale), total)
             results.append(total)
@@ -183,7 +172,7 @@ def tile_float(typingctx: Any, acc: Any, weights: Any, x: Any, column: Any) -> A
         results = []
         offset = b.mul(args[3], ir.Constant(args[3].type, 4))
         for total, row in zip(cgutils.unpack_tuple(b, args[0]), cgutils.unpack_tuple(b, args[2]), strict=True):
-            value = _splat(b, f32x16, _load(b, b.add(row, offset), ir.FloatType()))
+            value = splat(b, f32x16, load(b, b.add(row, offset), ir.FloatType()))
             results.append(_fma(b, args[1], value, total))
         return context.make_tuple(b, acc, results)
 
@@ -192,9 +181,9 @@ def tile_float(typingctx: Any, acc: Any, weights: Any, x: Any, column: Any) -> A
 
 def _columns(b: Any, codes: Value) -> list[tuple[int, Value]]:
     """The codes of eight vectors as int32: (column, sixteen rows) pairs."""
-    byte = _const(i32x16, 255)
+    byte = const(i32x16, 255)
     return [
-        (4 * j + i, b.and_(b.lshr(b.bitcast(code, i32x16.llvm), _const(i32x16, 8 * i)), byte))
+        (4 * j + i, b.and_(b.lshr(b.bitcast(code, i32x16.llvm), const(i32x16, 8 * i)), byte))
         for j, code in enumerate(cgutils.unpack_tuple(b, codes))
         for i in range(4)
     ]
@@ -213,7 +202,7 @@ def unpack_symmetric(typingctx: Any, codes: Any, low: Any, high: Any, bias: Any,
 
     def codegen(context: Any, b: Any, _sig: Any, args: Any) -> Value:
         for column, code in _columns(b, args[0]):
-            value = b.sitofp(b.sub(code, _const(i32x16, bias.literal_value)), f32x16.llvm)
+            value = b.sitofp(b.sub(code, const(i32x16, bias.literal_value)), f32x16.llvm)
             _store_column(b, args[4], column, b.fmul(args[1 + column // 16], value))
         return context.get_dummy_value()
 

