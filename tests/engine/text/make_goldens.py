@@ -1,6 +1,6 @@
 """Regenerate synthetic.json and goldens.json; needs llama.cpp.
 
-    NUMOE_ORACLE=PYTHON NUMOE_ORACLE_LIB=FOLDER_OF_LLAMA_LIB python tests/engine/text/make_goldens.py
+    NUMOE_ORACLE=PYTHON NUMOE_SHARED=FOLDER_OF_oracle/ python tests/engine/text/make_goldens.py
 
 synthetic.json: a byte-level vocabulary trained on this folder's corpus with no pre-tokenizer at all, so
 its merges cross every boundary that a pre-tokenizer can make, and a missing cut changes the ids.
@@ -33,6 +33,7 @@ from tests.engine.text.support import (
 
 PRES = ("gpt-2", "smollm", "llama-bpe", "qwen2", "deepseek-llm", "deepseek-coder", "deepseek-v3", "kimi-k2")
 SPECIAL = ("<s>", "</s>", "<|im_end|>", "<unk>", "<|user|>", "<tool>")
+UNMERGED = ("ĠXMLHttpRequest", "ĠHTTPServer")  # words of the corpus that no merges make
 RANDOM_TEXTS = 60
 
 
@@ -47,7 +48,7 @@ def make_synthetic() -> None:
     tokenizer.train_from_iterator([*TEXTS, *random_texts(3000, seed=7)], trainer)
     model = json.loads(tokenizer.to_str())["model"]
     words = sorted(model["vocab"], key=model["vocab"].get)
-    words += [text for text in SPECIAL if text not in words]
+    words += [text for text in (*SPECIAL, *UNMERGED) if text not in words]
     kinds = [3 if text in SPECIAL else 1 for text in words]
     kinds[words.index("<tool>")] = 4
     metadata = {

@@ -98,14 +98,19 @@ def without_some_bytes(metadata: dict[str, Any], seed: int) -> dict[str, Any]:
 def ask_oracle(path: Path, encode: Sequence[tuple[str, bool, bool]], *, vocabulary: bool = False) -> dict[str, Any]:
     """llama.cpp's ids for each (text, add_special, parse_special), and its view of the vocabulary.
 
-    NUMOE_ORACLE is the oracle's Python; NUMOE_ORACLE_LIB the folder of llama_lib.py.
+    NUMOE_ORACLE is the oracle's Python; NUMOE_SHARED the folder that holds oracle/llama_lib.py.
     """
     job = json.dumps({"encode": encode, "vocabulary": vocabulary})
-    python, library = os.environ["NUMOE_ORACLE"], os.environ["NUMOE_ORACLE_LIB"]
+    python, library = os.environ["NUMOE_ORACLE"], Path(os.environ["NUMOE_SHARED"]) / "oracle"
     # A file for the answer: pipes of a killed process would hang the test.
     with tempfile.TemporaryFile("w+") as answer:
         subprocess.run(
-            [python, "-c", ORACLE, library, str(path)], input=job, stdout=answer, text=True, check=True, timeout=280
+            [python, "-c", ORACLE, str(library), str(path)],
+            input=job,
+            stdout=answer,
+            text=True,
+            check=True,
+            timeout=280,
         )
         answer.seek(0)
         return json.load(answer)
