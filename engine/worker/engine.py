@@ -37,6 +37,9 @@ class Engine:
 
     def submit(self, request: GenerationRequest) -> None:
         """Queue a request; ResourceError when the queue is full, InputError when it can never run."""
+        vocab = self._forward.config.vocab
+        if request.token_ids and not 0 <= min(request.token_ids) <= max(request.token_ids) < vocab:
+            raise InputError(f"token ids must be from 0 to {vocab - 1}")
         with self._changed:
             if self._stopping:
                 raise UnavailableError("the server is stopping and takes no new requests")
