@@ -44,7 +44,7 @@ TEXTS = (
     CODE,
     "I'm you're he's we've they'll I'd don't IT'S WE'RE I'LL YOU'VE 'TIS '90s 's 'S 're 'RE 'Ll 'vE ''' '' 'x",
     "'ſ 'st 'ree l'été aujourd'hui D'ARTAGNAN'S rock'n'roll o'clock’s it’s",
-    "'STOP 'TIS 'MORE 'DON'T 'LLAMA 'REAL 'VERY 'STOP 'TIS 'MORE 'DON'T 'LLAMA 'REAL 'VERY 'Stop 'ReAL",
+    "it'STOP a'TIS a'MORE a'DON'T a'LLAMA a'REAL a'VERY b'STOP b'TIS b'MORE b'DON'T b'LLAMA b'REAL b'VERY a'ReAL",
     "1 12 123 1234 12345 123456 1234567 3.14159 1,000,000 0x1F 1e10 ٣٤٥٦ ३४५६ ½ Ⅻ ² 12ab34cd 2024-01-15T10:20:30Z",
     "000111222333444555 7 77 777 7777 77777 ①②③④ 一二三四五 〇",
     "中文测试：你好，世界！我们在2024年12月使用「引号」——还有破折号……和　全角空格。",
