@@ -20,7 +20,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, TokenType, 
 ARCHES = ("qwen3moe", "llama-moe", "llama")
 FLOAT_TYPES = ("F32", "F16", "BF16")
 QUANTIZED_TYPES = (
-    "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS",
+    "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS",
+    "MXFP4",
 )  # fmt: skip
 WEIGHT_TYPES = FLOAT_TYPES + QUANTIZED_TYPES
 
@@ -34,8 +35,8 @@ CHATML = (
 
 # Where blocks of the types that gguf cannot quantize to keep their float16 scale and minimum, and
 # the minimum, as a multiple of the scale, that centres random quants on zero.
-SCALE_OFFSET = {"Q4_K": 0, "Q5_K": 0, "Q6_K": 208, "IQ4_NL": 0, "IQ4_XS": 0}
-MINIMUM = {"Q4_K": (2, 7.5), "Q5_K": (2, 15.5)}
+SCALE_OFFSET = {"Q2_K": 80, "Q3_K": 108, "Q4_K": 0, "Q5_K": 0, "Q6_K": 208, "IQ4_NL": 0, "IQ4_XS": 0}
+MINIMUM = {"Q2_K": (82, 1.5), "Q4_K": (2, 7.5), "Q5_K": (2, 15.5)}
 
 
 @dataclass

@@ -16,9 +16,10 @@ from numba.extending import overload
 
 from numoe.engine.cpu import simd as v
 from numoe.engine.cpu import tile
-from numoe.engine.formats.layouts import FORMATS, IQ4_VALUES
+from numoe.engine.formats.layouts import FORMATS, IQ4_VALUES, MXFP4_VALUES
 
 iq4_codes = v.table_lookup("iq4_codes", [value + 128 for value in IQ4_VALUES])
+mxfp4_codes = v.table_lookup("mxfp4_codes", [value + 12 for value in MXFP4_VALUES])
 inline = njit(nogil=True, error_model="numpy", forceinline=True)
 
 
@@ -70,6 +71,58 @@ def _iq4(p: int) -> Any:
 
 
 @inline
+def _mxfp4(p: int) -> Any:
+    w = _nibbles(p)
+    return (
+        mxfp4_codes(w[0]), mxfp4_codes(w[1]), mxfp4_codes(w[2]), mxfp4_codes(w[3]),
+        mxfp4_codes(w[4]), mxfp4_codes(w[5]), mxfp4_codes(w[6]), mxfp4_codes(w[7]),
+    )  # fmt: skip
+
+
+@inline
+def _two_bits(p: int) -> Any:
+    a, b = v.load_i8(p), v.load_i8(p + 64)
+    return (
+        v.two_bits(a, 0), v.two_bits(a, 2), v.two_bits(a, 4), v.two_bits(a, 6),
+        v.two_bits(b, 0), v.two_bits(b, 2), v.two_bits(b, 4), v.two_bits(b, 6),
+    )  # fmt: skip
+
+
+@inline
+def _three_bits(p: int) -> Any:
+    w, h = _two_bits(p), p + 128
+    return (
+        v.or_bit2(w[0], h), v.or_bit2(w[1], h + 8), v.or_bit2(w[2], h + 16), v.or_bit2(w[3], h + 24),
+        v.or_bit2(w[4], h + 32), v.or_bit2(w[5], h + 40), v.or_bit2(w[6], h + 48), v.or_bit2(w[7], h + 56),
+    )  # fmt: skip
+
+
+@inline
+def _mxfp4_scale(p: int, shared: int) -> Any:
+    return v.scale_of_e8m0(v.load_u8_as_i32(p + 256))
+
+
+@inline
+def _q2_scales(p: int, shared: int) -> Any:
+    """Scales and minima of the two halves of a Q2_K block."""
+    d, dmin = v.load_f16(shared), v.load_f16(shared + 32)
+    low, high, fifteen = v.load_u8_as_i32(p + 128), v.load_u8_as_i32(p + 144), v.splat_i32(15)
+    scales = v.mul(d, v.to_f32(v.and_i32(low, fifteen))), v.mul(d, v.to_f32(v.and_i32(high, fifteen)))
+    first, second = v.to_f32(v.shift_right_i32(low, 4)), v.to_f32(v.shift_right_i32(high, 4))
+    return scales, (_negated(v.mul(dmin, first)), _negated(v.mul(dmin, second)))
+
+
+@inline
+def _q3_scales(p: int, shared: int) -> Any:
+    """Scales of the two halves of a Q3_K block, from 6-bit factors less 32."""
+    d, low, high = v.load_f16(shared), v.load_u8_as_i32(p + 192), v.load_u4_as_i32(p + 208)
+    three, fifteen, bias = v.splat_i32(3), v.splat_i32(15), v.splat_i32(-32)
+    first = v.or_i32(v.and_i32(low, fifteen), v.shift_left_i32(v.and_i32(high, three), 4))
+    second = v.or_i32(v.shift_right_i32(low, 4), v.shift_left_i32(v.shift_right_i32(high, 2), 4))
+    return v.mul(d, v.to_f32(v.add_i32(first, bias))), v.mul(d, v.to_f32(v.add_i32(second, bias)))
+
+
+@inline
 def _k_scale(p: int, shared: int) -> Any:
     """Scale and minimum of a Q4_K or Q5_K block, their 6-bit factors at `p`, d and dmin at `shared`."""
     low, high = v.load_u8_as_i32(p), v.load_u4_as_i32(p + 16)
@@ -82,7 +135,7 @@ def _k_scale(p: int, shared: int) -> Any:
 
 @inline
 def _iq4_xs_scale(p: int, shared: int) -> Any:
-    code = v.or_i32(v.load_u4_as_i32(p), v.shift_left_i32(v.load_u2_as_i32(p + 8), 4))
+    code = v.or_i32(v.load_u4_as_i32(p + 256), v.shift_left_i32(v.load_u2_as_i32(p + 264), 4))
     return v.mul(v.load_f16(shared), v.to_f32(v.add_i32(code, v.splat_i32(-32))))
 
 
@@ -98,7 +151,39 @@ def _negated(x: Any) -> Any:
     return v.sub(v.splat_f32(0.0), x)
 
 
-# --- codes, scale and minimum of each format -------------------------------------------------------
+# --- what each format is made of ---------------------------------------------------------------------
+
+
+def _f16_scale(at: int) -> Any:
+    """The scale is a float16 at byte `at` of the tile."""
+
+    @inline
+    def scale(p: int, shared: int) -> Any:
+        return v.load_f16(p + at)
+
+    return scale
+
+
+def _f16_scale_and_minimum(at: int) -> Any:
+    """Scale and minimum are float16, the scale at byte `at` of the tile."""
+
+    @inline
+    def both(p: int, shared: int) -> Any:
+        return v.load_f16(p + at), v.load_f16(p + at + 32)
+
+    return both
+
+
+def _k_scale_and_minimum(at: int) -> Any:
+    """Of Q4_K and Q5_K, whose 6-bit factors lie at byte `at` of the tile."""
+
+    @inline
+    def both(p: int, shared: int) -> Any:
+        scale, minimum = _k_scale(p + at, shared)
+        return scale, _negated(minimum)
+
+    return both
+
 
 _CODES: dict[QuantType, Callable[..., Any]] = {
     QuantType.Q8_0: _bytes,
@@ -111,12 +196,28 @@ _CODES: dict[QuantType, Callable[..., Any]] = {
     QuantType.Q6_K: _six_bits,
     QuantType.IQ4_NL: _iq4,
     QuantType.IQ4_XS: _iq4,
+    QuantType.Q2_K: _two_bits,
+    QuantType.Q3_K: _three_bits,
+    QuantType.MXFP4: _mxfp4,
 }
 _FLOATS = {QuantType.F32: v.load_f32, QuantType.F16: v.load_f16, QuantType.BF16: v.load_bf16}
-# Where a block's float16 scale lies in its tile, and its minimum.
-_SCALE_AT = {QuantType.Q8_0: 512, QuantType.Q4_0: 256, QuantType.IQ4_NL: 256, QuantType.Q5_0: 320}
-_AFFINE_AT = {QuantType.Q4_1: 256, QuantType.Q5_1: 320}
-_K_SCALE_AT = {QuantType.Q4_K: 256, QuantType.Q5_K: 320}
+# What gives a block's scale; its scale and minimum; the scales of its halves; those and their minima.
+_SYMMETRIC = {
+    QuantType.Q8_0: _f16_scale(512),
+    QuantType.Q4_0: _f16_scale(256),
+    QuantType.Q5_0: _f16_scale(320),
+    QuantType.IQ4_NL: _f16_scale(256),
+    QuantType.IQ4_XS: _iq4_xs_scale,
+    QuantType.MXFP4: _mxfp4_scale,
+}
+_AFFINE = {
+    QuantType.Q4_1: _f16_scale_and_minimum(256),
+    QuantType.Q5_1: _f16_scale_and_minimum(320),
+    QuantType.Q4_K: _k_scale_and_minimum(256),
+    QuantType.Q5_K: _k_scale_and_minimum(320),
+}
+_HALVES = {QuantType.Q6_K: _q6_scales, QuantType.Q3_K: _q3_scales}
+_AFFINE_HALVES = {QuantType.Q2_K: _q2_scales}
 
 
 def _qtype(name: Any) -> QuantType | None:
@@ -154,40 +255,36 @@ def _float_product(qtype: QuantType) -> Callable[..., Any]:
 
 def _code_product(qtype: QuantType) -> Callable[..., Any]:
     codes, bias = _CODES[qtype], FORMATS[qtype].bias
-    if qtype in _SCALE_AT:
-        at = _SCALE_AT[qtype]
+    if qtype in _SYMMETRIC:
+        scale = _SYMMETRIC[qtype]
 
         def symmetric(name: Any, acc: Any, p: int, shared: int, x: Any, cols: int, block: int) -> Any:
-            return tile.tile_symmetric(acc, codes(p), v.load_f16(p + at), bias, x, cols, block)
+            return tile.tile_symmetric(acc, codes(p), scale(p, shared), bias, x, cols, block)
 
         return symmetric
-    if qtype in _AFFINE_AT:
-        at = _AFFINE_AT[qtype]
+    if qtype in _AFFINE:
+        both = _AFFINE[qtype]
 
         def affine(name: Any, acc: Any, p: int, shared: int, x: Any, cols: int, block: int) -> Any:
-            return tile.tile_affine(acc, codes(p), v.load_f16(p + at), v.load_f16(p + at + 32), x, cols, block)
+            found = both(p, shared)
+            return tile.tile_affine(acc, codes(p), found[0], found[1], x, cols, block)
 
         return affine
-    if qtype in _K_SCALE_AT:
-        at = _K_SCALE_AT[qtype]
-
-        def k_affine(name: Any, acc: Any, p: int, shared: int, x: Any, cols: int, block: int) -> Any:
-            scale, minimum = _k_scale(p + at, shared)
-            return tile.tile_affine(acc, codes(p), scale, _negated(minimum), x, cols, block)
-
-        return k_affine
-    if qtype is QuantType.Q6_K:
+    if qtype in _HALVES:
+        scales = _HALVES[qtype]
 
         def halves(name: Any, acc: Any, p: int, shared: int, x: Any, cols: int, block: int) -> Any:
-            low, high = _q6_scales(p, shared)
-            return tile.tile_halves(acc, codes(p), low, high, bias, x, cols, block)
+            found = scales(p, shared)
+            return tile.tile_halves(acc, codes(p), found[0], found[1], bias, x, cols, block)
 
         return halves
+    all_four = _AFFINE_HALVES[qtype]
 
-    def iq4_xs(name: Any, acc: Any, p: int, shared: int, x: Any, cols: int, block: int) -> Any:
-        return tile.tile_symmetric(acc, codes(p), _iq4_xs_scale(p + 256, shared), bias, x, cols, block)
+    def affine_halves(name: Any, acc: Any, p: int, shared: int, x: Any, cols: int, block: int) -> Any:
+        found = all_four(p, shared)
+        return tile.tile_affine_halves(acc, codes(p), found[0], found[1], x, cols, block)
 
-    return iq4_xs
+    return affine_halves
 
 
 def block_unpack(name: Any, p: int, shared: int, out: int) -> None:
@@ -213,39 +310,34 @@ def _block_unpack(name: Any, p: Any, shared: Any, out: Any) -> Any:
 
 def _unpack_codes(qtype: QuantType) -> Callable[..., Any]:
     codes, bias = _CODES[qtype], FORMATS[qtype].bias
-    if qtype in _SCALE_AT:
-        at = _SCALE_AT[qtype]
+    if qtype in _SYMMETRIC:
+        scale = _SYMMETRIC[qtype]
 
         def symmetric(name: Any, p: int, shared: int, out: int) -> None:
-            d = v.load_f16(p + at)
+            d = scale(p, shared)
             tile.unpack_symmetric(codes(p), d, d, bias, out)
 
         return symmetric
-    if qtype in _AFFINE_AT:
-        at = _AFFINE_AT[qtype]
+    if qtype in _AFFINE:
+        both = _AFFINE[qtype]
 
         def affine(name: Any, p: int, shared: int, out: int) -> None:
-            tile.unpack_affine(codes(p), v.load_f16(p + at), v.load_f16(p + at + 32), out)
+            d, m = both(p, shared)
+            tile.unpack_affine(codes(p), (d, d), (m, m), out)
 
         return affine
-    if qtype in _K_SCALE_AT:
-        at = _K_SCALE_AT[qtype]
-
-        def k_affine(name: Any, p: int, shared: int, out: int) -> None:
-            scale, minimum = _k_scale(p + at, shared)
-            tile.unpack_affine(codes(p), scale, _negated(minimum), out)
-
-        return k_affine
-    if qtype is QuantType.Q6_K:
+    if qtype in _HALVES:
+        scales = _HALVES[qtype]
 
         def halves(name: Any, p: int, shared: int, out: int) -> None:
-            low, high = _q6_scales(p, shared)
+            low, high = scales(p, shared)
             tile.unpack_symmetric(codes(p), low, high, bias, out)
 
         return halves
+    all_four = _AFFINE_HALVES[qtype]
 
-    def iq4_xs(name: Any, p: int, shared: int, out: int) -> None:
-        d = _iq4_xs_scale(p + 256, shared)
-        tile.unpack_symmetric(codes(p), d, d, bias, out)
+    def affine_halves(name: Any, p: int, shared: int, out: int) -> None:
+        found = all_four(p, shared)
+        tile.unpack_affine(codes(p), found[0], found[1], out)
 
-    return iq4_xs
+    return affine_halves

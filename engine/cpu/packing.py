@@ -59,7 +59,7 @@ def _put_bit4(plane: int, row: int, word_number: int, word: int) -> None:
 
 
 @inline
-def _bits45_field(high: int, shift: int, part: int) -> int:
+def _two_bit_field(high: int, shift: int, part: int) -> int:
     """Two bits, at 2 * part of each byte at `high`, moved to `shift`."""
     return ((_u32(high) >> np.uint32(2 * part)) & _TWOS) << np.uint32(shift)
 
@@ -103,6 +103,23 @@ def _pack_k_scales(source: int, block: int, tile: int, row: int) -> None:
         minimum = (high >> 4) | (_u8(source + block) >> 6 << 4)
     v.store_scalar_u8(tile + row, (scale & 15) | (minimum & 15) << 4)
     _put_half(tile + 16, row, scale >> 4 | minimum >> 4 << 2)
+
+
+@inline
+def _pack_two_bits(qs: int, part: int, tile: int, row: int) -> None:
+    """Field `part` of each of 32 bytes, to the fields of two planes."""
+    for plane in range(2):
+        at = qs + 16 * plane
+        first, second = _two_bit_field(at, 0, part), _two_bit_field(at + 4, 2, part)
+        third, fourth = _two_bit_field(at + 8, 4, part), _two_bit_field(at + 12, 6, part)
+        _put(tile + 64 * plane + 4 * row, first | second | third | fourth)
+
+
+@inline
+def _q3_scale(source: int, number: int) -> int:
+    """One of the sixteen 6-bit scales that Q3_K keeps in 12 bytes."""
+    low = _u8(source + number % 8) >> (number // 8 * 4) & 15
+    return low | (_u8(source + 8 + number % 4) >> (number // 4 * 2) & 3) << 4
 
 
 def pack_block(name: Any, source: int, block: int, tile: int, shared: int, row: int) -> None:
@@ -162,6 +179,31 @@ def _five_bits(head: int) -> Any:
     return pack
 
 
+def _q2_k(name: Any, source: int, block: int, tile: int, shared: int, row: int) -> None:
+    qs = source + 16 + 32 * (block // 4)
+    _pack_two_bits(qs, block % 4, tile, row)
+    v.store_scalar_u8(tile + 128 + row, _u8(source + 2 * block))
+    v.store_scalar_u8(tile + 144 + row, _u8(source + 2 * block + 1))
+    _copy16(source + 80, shared + 2 * row)
+    _copy16(source + 82, shared + 32 + 2 * row)
+
+
+def _q3_k(name: Any, source: int, block: int, tile: int, shared: int, row: int) -> None:
+    _pack_two_bits(source + 32 + 32 * (block // 4), block % 4, tile, row)
+    for j in range(8):
+        high = (_u32(source + 4 * j) >> np.uint32(block)) & _ONES
+        _put_bit4(tile + 128, row, j, high << np.uint32(4))
+    first, second = _q3_scale(source + 96, 2 * block), _q3_scale(source + 96, 2 * block + 1)
+    v.store_scalar_u8(tile + 192 + row, (first & 15) | (second & 15) << 4)
+    _put_half(tile + 208, row, first >> 4 | second >> 4 << 2)
+    _copy16(source + 108, shared + 2 * row)
+
+
+def _mxfp4(name: Any, source: int, block: int, tile: int, shared: int, row: int) -> None:
+    _pack_nibbles(source + 1, tile, row)
+    v.store_scalar_u8(tile + 256 + row, _u8(source))
+
+
 def _q4_k(name: Any, source: int, block: int, tile: int, shared: int, row: int) -> None:
     qs, shift = source + 16 + 32 * (block // 2), np.uint32(4 * (block % 2))
     for j in range(4):
@@ -190,11 +232,7 @@ def _q6_k(name: Any, source: int, block: int, tile: int, shared: int, row: int) 
     high = source + 128 + 32 * (block // 4)
     for j in range(4):
         _put_low_nibbles(tile, row, j, _u32(low + 8 * j) >> shift, _u32(low + 8 * j + 4) >> shift)
-    for plane in range(2):
-        at = high + 16 * plane
-        first, second = _bits45_field(at, 0, part), _bits45_field(at + 4, 2, part)
-        third, fourth = _bits45_field(at + 8, 4, part), _bits45_field(at + 12, 6, part)
-        _put(tile + 256 + 64 * plane + 4 * row, first | second | third | fourth)
+    _pack_two_bits(high, part, tile + 256, row)
     v.store_scalar_u8(tile + 384 + row, _u8(source + 192 + 2 * block))
     v.store_scalar_u8(tile + 400 + row, _u8(source + 193 + 2 * block))
     _copy16(source + 208, shared + 2 * row)
@@ -218,6 +256,9 @@ _IMPLEMENTATIONS = {
     QuantType.Q4_1: _four_bits(4),
     QuantType.Q5_0: _five_bits(2),
     QuantType.Q5_1: _five_bits(4),
+    QuantType.Q2_K: _q2_k,
+    QuantType.Q3_K: _q3_k,
+    QuantType.MXFP4: _mxfp4,
     QuantType.Q4_K: _q4_k,
     QuantType.Q5_K: _q5_k,
     QuantType.Q6_K: _q6_k,

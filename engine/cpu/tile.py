@@ -165,6 +165,31 @@ def tile_halves(
 
 
 @intrinsic
+def tile_affine_halves(
+    typingctx: Any, acc: Any, codes: Any, scales: Any, minima: Any, x: Any, cols: Any, block: Any
+) -> Any:
+    """As tile_affine, with scales and minima (pairs of f32x16) of the first 16 columns and of the last."""
+
+    def codegen(context: Any, b: Any, _sig: Any, args: Any) -> Value:
+        weights, pointers = cgutils.unpack_tuple(b, args[1]), cgutils.unpack_tuple(b, args[4])
+        scale, minimum = cgutils.unpack_tuple(b, args[2]), cgutils.unpack_tuple(b, args[3])
+        results = []
+        for total, row in zip(cgutils.unpack_tuple(b, args[0]), pointers, strict=True):
+            at = b.add(row, b.mul(args[6], ir.Constant(row.type, 32)))
+            x_scale = splat(b, f32x16, _meta(b, row, args[5], args[6], 0, ir.FloatType()))
+            for half in range(2):
+                dots = _block_dot(b, weights[4 * half : 4 * half + 4], at, const(i32x16, 0), 4 * half)
+                x_sum = b.sitofp(_meta(b, row, args[5], args[6], 2 + half, I32), ir.FloatType())
+                shifted = b.fmul(minimum[half], splat(b, f32x16, x_sum))
+                scaled = _fma(b, scale[half], b.sitofp(dots, f32x16.llvm), shifted)
+                total = _fma(b, scaled, x_scale, total)
+            results.append(total)
+        return context.make_tuple(b, acc, results)
+
+    return acc(acc, codes, scales, minima, x, cols, block), codegen
+
+
+@intrinsic
 def tile_float(typingctx: Any, acc: Any, weights: Any, x: Any, column: Any) -> Any:
     """acc[t] += weights * x[t][column], x rows being float32; weights: f32x16 of one column."""
 
@@ -210,16 +235,20 @@ def unpack_symmetric(typingctx: Any, codes: Any, low: Any, high: Any, bias: Any,
 
 
 @intrinsic
-def unpack_affine(typingctx: Any, codes: Any, scale: Any, minimum: Any, out: Any) -> Any:
-    """Write codes * scale + minimum, both operations rounded, float32 [32, 16], at `out`."""
+def unpack_affine(typingctx: Any, codes: Any, scales: Any, minima: Any, out: Any) -> Any:
+    """Write codes * scale + minimum, both operations rounded, float32 [32, 16], at `out`.
+
+    scales, minima: pairs of f32x16, of the first 16 columns and of the last.
+    """
 
     def codegen(context: Any, b: Any, _sig: Any, args: Any) -> Value:
+        scale, minimum = cgutils.unpack_tuple(b, args[1]), cgutils.unpack_tuple(b, args[2])
         for column, code in _columns(b, args[0]):
-            scaled = b.fmul(args[1], b.sitofp(code, f32x16.llvm))
-            _store_column(b, args[3], column, b.fadd(scaled, args[2]))
+            scaled = b.fmul(scale[column // 16], b.sitofp(code, f32x16.llvm))
+            _store_column(b, args[3], column, b.fadd(scaled, minimum[column // 16]))
         return context.get_dummy_value()
 
-    return types.void(codes, scale, minimum, out), codegen
+    return types.void(codes, scales, minima, out), codegen
 
 
 @intrinsic

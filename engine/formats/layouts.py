@@ -11,8 +11,8 @@ format (signed ones biased by their `bias`); nothing is requantized.
     and 8 j + 4 + i (high half) of that row, i < 4
 
 An eight-bit tile has, for each j < 8, 64 bytes: byte 4 row + i is column 4 j + i. A fifth bit is a
-plane of 8 x 64 bits in that order; two high bits are 2 x 64 bytes, vector j in field j % 4 of plane
-j // 4. Float tiles hold, for each column, its sixteen rows.
+plane of 8 x 64 bits in that order; two-bit codes or two high bits are 2 x 64 bytes, vector j in
+field j % 4 of plane j // 4. Float tiles hold, for each column, its sixteen rows.
 """
 
 from __future__ import annotations
@@ -70,15 +70,20 @@ _ALL = (
     PackedFormat(QuantType.Q4_1, 320),
     PackedFormat(QuantType.Q5_0, 352, bias=16),
     PackedFormat(QuantType.Q5_1, 384),
+    PackedFormat(QuantType.Q2_K, 160, super_bytes=64, super_blocks=8),
+    PackedFormat(QuantType.Q3_K, 216, super_bytes=32, super_blocks=8, bias=4),
     PackedFormat(QuantType.Q4_K, 280, super_bytes=64, super_blocks=8),
     PackedFormat(QuantType.Q5_K, 344, super_bytes=64, super_blocks=8),
     PackedFormat(QuantType.Q6_K, 416, super_bytes=32, super_blocks=8, bias=32),
     PackedFormat(QuantType.IQ4_NL, 288, bias=128),
     PackedFormat(QuantType.IQ4_XS, 268, super_bytes=32, super_blocks=8, bias=128),
+    PackedFormat(QuantType.MXFP4, 272, bias=12),
 )
 FORMATS = {f.qtype: f for f in _ALL}
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """The non-linear code book of IQ4_NL and IQ4_XS."""
+MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+"""Twice the values of E2M1, the element of MXFP4 (OCP Microscaling Formats 1.0, section 5.3.3)."""
 
 
 def packed_format(qtype: QuantType) -> PackedFormat:

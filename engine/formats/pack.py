@@ -202,6 +202,52 @@ def _pack_k_scales(blocks: Bytes, shape: Shape, groups: Bytes, at: int) -> None:
     _store(groups, shape, at + 16, _halves(scales >> 4 | minima >> 4 << 2))
 
 
+def _two_bits(packed: Bytes) -> Bytes:
+    """64 bytes [..., 2, 32] to the codes of 8 blocks: block 4 n + j is field j of half n."""
+    fields = packed[..., :, None, :] >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
+    return fields.reshape(*packed.shape[:-2], 8, 32)
+
+
+def _two_bit_planes(quads: Bytes) -> Bytes:
+    """Bits 0 and 1 of every code: [groups, blocks, 128]."""
+    return _bits45_planes(quads << 4)
+
+
+def _pack_q2_k(raw: Bytes, shape: Shape, groups: Bytes) -> None:
+    blocks = _file_blocks(raw, 84)
+    codes = _two_bits(blocks[:, :, 16:80].reshape(*blocks.shape[:2], 2, 32))
+    _store(groups, shape, 0, _two_bit_planes(_quads(_of_range(codes, shape))))
+    scales = _interleave(_of_range(blocks[:, :, :16].reshape(*blocks.shape[:2], 8, 2), shape))
+    _store(groups, shape, 128, _as_bytes(np.moveaxis(scales, 3, 2)))
+    _store_super(groups, shape, 0, _as_bytes(_interleave(blocks[:, :, 80:82])))
+    _store_super(groups, shape, 32, _as_bytes(_interleave(blocks[:, :, 82:84])))
+
+
+def _pack_q3_k(raw: Bytes, shape: Shape, groups: Bytes) -> None:
+    blocks = _file_blocks(raw, 110)
+    count = blocks.shape[:2]
+    codes = _two_bits(blocks[:, :, 32:96].reshape(*count, 2, 32))
+    high = blocks[:, :, None, :32] >> np.arange(8, dtype=np.uint8)[:, None] & 1
+    quads = _quads(_of_range(codes | high << 2, shape))
+    _store(groups, shape, 0, _two_bit_planes(quads))
+    _store(groups, shape, 128, _bit4_plane(quads << 2))
+    # Sixteen 6-bit scales: 8 bytes of low nibbles, 4 bytes of high pairs.
+    packed = blocks[:, :, 96:108]
+    low = np.concatenate([packed[..., :8] & 15, packed[..., :8] >> 4], axis=-1)
+    pairs = packed[..., None, 8:] >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
+    scales = low | pairs.reshape(*count, 16) << 4
+    halves = _interleave(_of_range(scales.reshape(*count, 8, 2), shape))
+    _store(groups, shape, 192, halves[..., 0] & 15 | (halves[..., 1] & 15) << 4)
+    _store(groups, shape, 208, _halves(halves[..., 0] >> 4 | halves[..., 1] >> 4 << 2))
+    _store_super(groups, shape, 0, _as_bytes(_interleave(blocks[:, :, 108:110])))
+
+
+def _pack_mxfp4(raw: Bytes, shape: Shape, groups: Bytes) -> None:
+    blocks = _file_blocks(raw, 17)
+    _store(groups, shape, 0, _nibble_tiles(_quads(_nibbles(blocks[:, :, 1:]))))
+    _store(groups, shape, 256, _interleave(blocks[:, :, 0]))
+
+
 def _pack_q4_k(raw: Bytes, shape: Shape, groups: Bytes) -> None:
     blocks = _file_blocks(raw, 144)
     packed = blocks[:, :, 16:].reshape(*blocks.shape[:2], 4, 1, 32)
@@ -259,6 +305,9 @@ _PACKERS: dict[QuantType, Callable[[Bytes, Shape, Bytes], None]] = {
     QuantType.IQ4_NL: _pack_4bit,
     QuantType.Q5_0: _pack_5bit,
     QuantType.Q5_1: _pack_5bit,
+    QuantType.Q2_K: _pack_q2_k,
+    QuantType.Q3_K: _pack_q3_k,
+    QuantType.MXFP4: _pack_mxfp4,
     QuantType.Q4_K: _pack_q4_k,
     QuantType.Q5_K: _pack_q5_k,
     QuantType.Q6_K: _pack_q6_k,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -18,6 +20,15 @@ from numoe.engine.worker.forward import CpuForward
 
 _REMEMBERED = 1024  # requests
 _Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a piece of work took: tokens, seconds, and milliseconds by the parts of a step, "other" being the rest."""
+
+    tokens: int
+    seconds: float
+    parts_ms: dict[str, float]
 
 
 class Engine:
@@ -126,24 +137,63 @@ class Engine:
 
         For an engine without requests, before or instead of `run`. The arrays are copies.
         """
-        options, vocab = self._forward.options, self._forward.config.vocab
-        if not 0 < len(token_ids) <= options.context:
-            raise InputError(f"{len(token_ids)} tokens do not fit: give from 1 to {options.context} (--ctx-size)")
+        self._check_sequence(token_ids, 0, len(token_ids))
+        for start in range(0, len(token_ids), chunk):
+            part = token_ids[start : start + chunk]
+            yield self._pass(part, start, len(part)).copy()
+
+    def measure_prefill(self, token_ids: Sequence[int], start: int, chunk: int) -> Measurement:
+        """Time a prompt of `token_ids` behind `start` tokens that are there already, `chunk` tokens a step.
+
+        The last step computes the logits of the last token. As `logits`, for an engine without requests.
+        """
+        self._check_sequence(token_ids, start, len(token_ids))
+        steps = [(token_ids[at : at + chunk], start + at) for at in range(0, len(token_ids), chunk)]
+        parts, begin = Counter[str](), time.perf_counter()
+        for number, (part, at) in enumerate(steps, 1):
+            self._pass(part, at, int(number == len(steps)))
+            parts.update(self._forward.times_ms())
+        return _measurement(len(token_ids), time.perf_counter() - begin, parts)
+
+    def measure_decode(self, token_id: int, start: int, count: int) -> Measurement:
+        """Time `count` steps of one token each, the first being `token_id` at position `start`.
+
+        Each step takes the likeliest token of the one before. The loop is here, so that what is timed
+        holds everything that a step of one row takes in the worker, and no call of Ray or gRPC. The rows
+        stay in the KV pool until others are written at their positions.
+        """
+        self._check_sequence([token_id], start, count)
+        parts, begin = Counter[str](), time.perf_counter()
+        for position in range(start, start + count):
+            token_id = int(self._pass([token_id], position, 1)[0].argmax())
+            parts.update(self._forward.times_ms())
+        return _measurement(count, time.perf_counter() - begin, parts)
+
+    def _check_sequence(self, token_ids: Sequence[int], start: int, count: int) -> None:
+        """Raise InputError unless `count` tokens, these being the first of them, fit from `start` on."""
+        context, vocab = self._forward.options.context, self._forward.config.vocab
+        if start < 0 or not 0 < count <= context - start:
+            raise InputError(f"{start + count} tokens do not fit: give from 1 to {context} (--ctx-size)")
         if min(token_ids) < 0 or max(token_ids) >= vocab:
             raise InputError(f"token ids must be from 0 to {vocab - 1}")
-        pages = np.arange(pages_for(options.context), dtype=np.int32)[None, :]
-        for start in range(0, len(token_ids), chunk):
-            part = np.array(token_ids[start : start + chunk], np.int32)
-            rows = np.arange(len(part), dtype=np.int32)
-            yield self._forward.run(
-                Batch(
-                    token_ids=part,
-                    positions=rows + np.int32(start),
-                    slots=np.zeros_like(rows),
-                    logit_rows=rows,
-                    page_tables=pages,
-                )
-            ).copy()
+
+    def _pass(self, token_ids: Sequence[int], start: int, n_logits: int) -> npt.NDArray[np.float32]:
+        """One step over tokens of a single sequence from position `start` on; the last `n_logits` rows' logits."""
+        rows = np.arange(len(token_ids), dtype=np.int32)
+        return self._forward.run(
+            Batch(
+                token_ids=np.array(token_ids, np.int32),
+                positions=rows + np.int32(start),
+                slots=np.zeros_like(rows),
+                logit_rows=rows[len(rows) - n_logits :],
+                page_tables=np.arange(pages_for(self._forward.options.context), dtype=np.int32)[None, :],
+            )
+        )
+
+
+def _measurement(tokens: int, seconds: float, parts: Counter[str]) -> Measurement:
+    """The sum of some steps, with what no part of them accounts for."""
+    return Measurement(tokens, seconds, {**parts, "other": 1e3 * seconds - sum(parts.values())})
 
 
 def _remember(table: dict[str, _Value], key: str, value: _Value) -> None:

@@ -19,6 +19,7 @@ from numoe.engine.cpu.simd.types import (
     addr,
     call,
     const,
+    f32x16,
     i8x64,
     i32x16,
     load,
@@ -46,6 +47,28 @@ def or_bit4(b: Builder, v: Value, p: Value) -> Value:
     """Sets bit 4 of byte i where bit i of the eight bytes at `p` is set."""
     mask = b.bitcast(load(b, p, I64), ir.VectorType(I1, 64))
     return b.or_(v, b.select(mask, const(i8x64, 16), const(i8x64, 0)))
+
+
+@operation(i8x64, i8x64, addr)
+def or_bit2(b: Builder, v: Value, p: Value) -> Value:
+    """Sets bit 2 of byte i where bit i of the eight bytes at `p` is set."""
+    mask = b.bitcast(load(b, p, I64), ir.VectorType(I1, 64))
+    return b.or_(v, b.select(mask, const(i8x64, 4), const(i8x64, 0)))
+
+
+@operation(i8x64, i8x64, types.int32)
+def two_bits(b: Builder, plane: Value, shift: Value) -> Value:
+    """The two bits at `shift` (0, 2, 4 or 6) of each byte."""
+    wide = b.lshr(b.bitcast(plane, i32x16.llvm), splat(b, i32x16, shift))
+    return b.and_(b.bitcast(wide, i8x64.llvm), const(i8x64, 3))
+
+
+@operation(f32x16, i32x16)
+def scale_of_e8m0(b: Builder, e: Value) -> Value:
+    """2^(e - 128): half of the E8M0 scale that a byte stands for, as GGML has it."""
+    tiny = b.shl(const(i32x16, 0x00200000), e)
+    normal = b.shl(b.sub(e, const(i32x16, 1)), const(i32x16, 23))
+    return b.bitcast(b.select(b.icmp_unsigned("<", e, const(i32x16, 2)), tiny, normal), f32x16.llvm)
 
 
 @operation(i8x64, i8x64, i8x64, types.int32)
