@@ -100,6 +100,14 @@ class AttentionActor:
         """The next rows, float32 [rows, vocab], or None at the end."""
         return next(self._logits, None)
 
+    def measure_prefill(self, token_ids: Sequence[int], start: int) -> Any:
+        """A prompt's `Measurement`, in steps of the plan's chunk: see `Engine.measure_prefill`."""
+        return self._engine.measure_prefill(token_ids, start, self._plan.chunk)
+
+    def measure_decode(self, token_id: int, start: int, count: int) -> Any:
+        """An answer's `Measurement`: see `Engine.measure_decode`."""
+        return self._engine.measure_decode(token_id, start, count)
+
     def stop(self) -> None:
         """End the step loop, then the shards' loops."""
         self._engine.stop()

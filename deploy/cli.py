@@ -11,6 +11,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 from cyclopts import App, CycloptsError, UnusedCliTokensError
 
+from numoe.deploy.commands.bench import bench
 from numoe.deploy.commands.demo import demo
 from numoe.deploy.commands.generate import generate
 from numoe.deploy.commands.logits import logits
@@ -27,7 +28,7 @@ app = App(
     help="Serve giant Mixture-of-Experts models on hardware that people own.",
     version=lambda: importlib.metadata.version("numoe"),
 )
-for command in (demo, serve, generate, status, stop, logits, tokenize, version):
+for command in (demo, serve, generate, status, stop, logits, tokenize, bench, version):
     app.command(command)
 
 

@@ -1,0 +1,12 @@
+"""`numoe bench`: measurements of the kernels, of the actors, and of a whole server."""
+
+from __future__ import annotations
+
+from cyclopts import App
+
+from numoe.deploy.commands.bench.sweep import sweep
+
+__all__ = ["bench"]
+
+bench = App(name="bench", help="Measure speed: of the kernels, over context depth, and over concurrent streams.")
+bench.command(sweep)

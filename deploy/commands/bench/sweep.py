@@ -1,0 +1,202 @@
+"""`numoe bench sweep`: speed of prompt and answer over context depth, through the actors that serve."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from numoe.deploy.commands.serve import parse_shards
+from numoe.deploy.console import one_line_errors
+from numoe.engine.errors import InputError
+
+if TYPE_CHECKING:
+    from numoe.engine.worker.engine import Measurement
+
+PARTS = {"attention": "attn", "experts": "exp", "wait": "wait", "other": "other"}
+"""The parts of a step, and what a column of the table calls them."""
+_WARM_UP_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Window:
+    """One row of the sweep: a prompt behind `n_kv` tokens, then an answer behind both."""
+
+    n_kv: int
+    prefill: Measurement
+    decode: Measurement
+
+    def to_json(self) -> dict[str, Any]:
+        """llama-sweep-bench's keys, times in seconds, and milliseconds a token by parts."""
+        pp, tg = self.prefill, self.decode
+        return {
+            "n_kv": self.n_kv,
+            "pp": pp.tokens,
+            "tg": tg.tokens,
+            "t_pp": pp.seconds,
+            "speed_pp": pp.tokens / pp.seconds,
+            "t_tg": tg.seconds,
+            "speed_tg": tg.tokens / tg.seconds,
+            "ms_pp": ms_per_token(pp),
+            "ms_tg": ms_per_token(tg),
+        }
+
+
+def sweep(
+    model: str,
+    /,
+    *,
+    ctx_size: int | None = None,
+    pp: int = 512,
+    tg: int = 32,
+    threads: int | None = None,
+    shards: str = "auto",
+    chunk: int | None = None,
+    json_output: Annotated[bool, Parameter(name="--json", negative=())] = False,
+    plot: Path | None = None,
+) -> int:
+    """Measure prefill and decode at growing depth, in the form of llama-sweep-bench.
+
+    For N_KV = 0, PP, 2 PP and so on: PP random tokens are read behind N_KV others (T_PP), then TG
+    tokens are generated, at depth N_KV + PP (T_TG), and forgotten. Attention worker and expert
+    shards are those of `numoe serve`; gateway and scheduler take no part. A token's milliseconds
+    are split into what the attention side computes, what the slowest shard computes, waiting for
+    it, and the rest of a step.
+
+    Parameters
+    ----------
+    model
+        The GGUF file; of a split model, any part.
+    ctx_size
+        Tokens up to which prompts go; as for `numoe serve` if not given.
+    pp
+        Prompt tokens of a row, and the step from row to row.
+    tg
+        Tokens that are generated in each row.
+    threads
+        Threads that compute; all processors if not given.
+    shards
+        Expert shards: "auto" is one for each NUMA node.
+    chunk
+        Prompt tokens of one step; 256 if not given, as for `numoe serve`.
+    json_output
+        Print one JSON object a line instead of the table.
+    plot
+        Draw milliseconds a token over depth into this file (.png, .svg, .pdf).
+
+    """
+    with one_line_errors():
+        from numoe.deploy.cluster import StopSignals
+
+        for flag, value in (("--pp", pp), ("--tg", tg)):
+            if value < 1:
+                raise InputError(f"{flag} {value} is not possible: give at least 1")
+        if plot is not None:
+            require_matplotlib()
+        windows = []
+        if not json_output:
+            print(header(), flush=True)
+        with StopSignals():
+            for window in _windows(model, ctx_size, pp, tg, threads, shards, chunk):
+                windows.append(window)
+                print(json.dumps(window.to_json()) if json_output else row(window), flush=True)
+        if plot is not None:
+            draw(windows, plot, Path(model).stem)
+    return 0
+
+
+def _windows(
+    model: str, ctx_size: int | None, pp: int, tg: int, threads: int | None, shards: str, chunk: int | None
+) -> Iterator[Window]:
+    """Start the actors, and measure from depth to depth."""
+    import numpy as np
+    import ray
+
+    from numoe.cluster.plan import DEFAULT_CONTEXT, PlanOptions
+    from numoe.deploy.launch import running_server
+    from numoe.engine.gguf import GgufFile
+    from numoe.engine.models.config import ModelConfig
+
+    with GgufFile.open(model) as gguf:
+        config = ModelConfig.from_gguf(gguf)
+    size = min(config.context, DEFAULT_CONTEXT) if ctx_size is None else ctx_size
+    # The answer of the last row may go beyond --ctx-size, where the model allows it.
+    context = size if size > config.context else min(size + tg, config.context)
+    depths = depths_of(context, size, pp, tg)
+    options = PlanOptions(context=context, slots=1, threads=threads, shards=parse_shards(shards), chunk=chunk)
+    tokens = np.random.default_rng(0).integers(0, config.vocab, depths[-1] + pp).tolist()
+    with running_server(model, options, None) as server:
+        worker = server.worker()
+        ray.get(worker.measure_prefill.remote(tokens[:pp], 0))
+        ray.get(worker.measure_decode.remote(tokens[0], pp, min(tg, _WARM_UP_TOKENS)))
+        for n_kv in depths:
+            prefill = ray.get(worker.measure_prefill.remote(tokens[n_kv : n_kv + pp], n_kv))
+            yield Window(n_kv, prefill, ray.get(worker.measure_decode.remote(tokens[0], n_kv + pp, tg)))
+
+
+def depths_of(context: int, size: int, pp: int, tg: int) -> Sequence[int]:
+    """The depths of the rows; InputError if there is room for none."""
+    last = min(size - pp, context - pp - tg)
+    if last < 0:
+        raise InputError(f"--pp {pp} and --tg {tg} do not fit into {context} tokens: raise --ctx-size or lower them")
+    return range(0, last + 1, pp)
+
+
+def ms_per_token(measurement: Measurement) -> dict[str, float]:
+    """Milliseconds a token by parts, which add up to all of it."""
+    return {part: ms / measurement.tokens for part, ms in measurement.parts_ms.items()}
+
+
+def header() -> str:
+    """The two head lines of the table."""
+    names = ["   PP", "    TG", "  N_KV", "  T_PP s", "S_PP t/s", "  T_TG s", "S_TG t/s"]
+    names += [f"{mode} {short:>5} ms" for mode in ("PP", "TG") for short in PARTS.values()]
+    return table_line(names) + "\n|" + "|".join("-" * (len(name) + 2) for name in names) + "|"
+
+
+def row(window: Window) -> str:
+    """One line of the table."""
+    pp, tg = window.prefill, window.decode
+    cells = [
+        f"{pp.tokens:5}", f"{tg.tokens:6}", f"{window.n_kv:6}", f"{pp.seconds:8.3f}", f"{pp.tokens / pp.seconds:8.2f}",
+        f"{tg.seconds:8.3f}", f"{tg.tokens / tg.seconds:8.2f}",
+    ]  # fmt: skip
+    cells += [f"{ms_per_token(m)[part]:11.3f}" for m in (pp, tg) for part in PARTS]
+    return table_line(cells)
+
+
+def table_line(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
+    return "|" + "|".join(f" {cell} " for cell in cells) + "|"
+
+
+def require_matplotlib() -> None:
+    """Raise InputError, saying how to get it, unless matplotlib is installed."""
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise InputError("--plot needs matplotlib: pip install 'numoe[plot]'")
+
+
+def draw(windows: Sequence[Window], path: Path, title: str) -> None:
+    """Draw milliseconds a token over depth: the parts of an answer's and of a prompt's tokens, stacked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    answer, prompt = figure.subplots(1, 2)
+    for axes, name, measurements, depths in (
+        (answer, "decode", [w.decode for w in windows], [w.n_kv + w.prefill.tokens for w in windows]),
+        (prompt, "prefill", [w.prefill for w in windows], [w.n_kv for w in windows]),
+    ):
+        parts = [[ms_per_token(m)[part] for m in measurements] for part in PARTS]
+        axes.stackplot(depths, *parts, labels=list(PARTS))
+        axes.set(title=f"{title}: {name}", xlabel="tokens in the context", ylabel="ms a token", ylim=(0, None))
+        axes.legend(loc="lower right")
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the plot cannot be written to {path}: {error}") from None
