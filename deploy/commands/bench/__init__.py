@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from cyclopts import App
 
+from numoe.deploy.commands.bench.kernels import kernels
 from numoe.deploy.commands.bench.sweep import sweep
 
 __all__ = ["bench"]
 
 bench = App(name="bench", help="Measure speed: of the kernels, over context depth, and over concurrent streams.")
-bench.command(sweep)
+for _command in (sweep, kernels):
+    bench.command(_command)
