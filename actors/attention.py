@@ -46,6 +46,7 @@ class AttentionActor:
             context=plan.context,
             threads=plan.attention_threads,
             threads_on_host=plan.threads_on_host,
+            kv_type=plan.kv_type,
         )
         self._progress = Progress(plan.dense_bytes)
         self._forward = CpuForward(ModelConfig.from_gguf(gguf), gguf, self._mailbox, options, self._progress)

@@ -16,7 +16,7 @@ from numoe.engine.formats import shape_of
 from numoe.engine.gguf import GgufFile
 from numoe.engine.kv.pages import pages_for
 from numoe.engine.models.config import ModelConfig
-from numoe.engine.worker.kv_pool import KvPool
+from numoe.engine.worker.kv_pool import F16, KvPool, KvType
 from numoe.engine.worker.weights import dense_tensor_names
 
 DEFAULT_CONTEXT = 8192
@@ -33,6 +33,7 @@ class PlanOptions:
 
     context: tokens of a request at most. slots: requests that run at once. threads: of all shards
     together, and of the attention worker. shards: expert shards. chunk: prompt tokens a step.
+    queue: requests that may wait. kv_type: of the KV cache.
     """
 
     context: int | None = None
@@ -41,6 +42,7 @@ class PlanOptions:
     shards: int | None = None
     chunk: int | None = None
     queue: int | None = None
+    kv_type: KvType = F16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,7 @@ class Plan:
     chunk: int
     queue: int
     n_pages: int
+    kv_type: KvType
     cpus: int
     attention_threads: int
     shards: tuple[ShardPlacement, ...]
@@ -97,6 +100,7 @@ class Plan:
 
 def make_plan(config: ModelConfig, gguf: GgufFile, topology: Topology, options: PlanOptions) -> Plan:
     """Place a model on a host; InputError for options that make no sense."""
+    options.kv_type.check(config)
     slots = _positive("--parallel", options.slots, DEFAULT_SLOTS, MAX_SLOTS)
     context = _positive("--ctx-size", options.context, min(config.context, DEFAULT_CONTEXT), config.context)
     chunk = _positive("--chunk", options.chunk, min(DEFAULT_CHUNK, context), 8192)
@@ -116,11 +120,12 @@ def make_plan(config: ModelConfig, gguf: GgufFile, topology: Topology, options: 
         chunk=chunk,
         queue=queue,
         n_pages=pages,
+        kv_type=options.kv_type,
         cpus=topology.cpus,
         attention_threads=threads,
         shards=shards,
         dense_bytes=sum(_packed_bytes(gguf, name) for name in dense_tensor_names(gguf)),
-        kv_bytes=KvPool.nbytes(config, pages),
+        kv_bytes=KvPool.nbytes(config, pages, options.kv_type),
         mailbox=mailbox,
     )
 

@@ -20,6 +20,8 @@ def serve(
     shards: str = "auto",
     chunk: int | None = None,
     queue: int | None = None,
+    cache_type_k: str = "f16",
+    cache_type_v: str = "f16",
 ) -> int:
     """Serve a GGUF model over gRPC until Ctrl-C, SIGTERM or `numoe stop`.
 
@@ -42,16 +44,22 @@ def serve(
         Prompt tokens that one step takes in; 256 if not given. Running answers wait no longer than that.
     queue
         Requests that may wait for a slot; 64 if not given.
+    cache_type_k
+        Type of the keys in the KV cache: f16 or q8_0, which takes half the memory.
+    cache_type_v
+        Type of the values in the KV cache, likewise.
 
     """
     with one_line_errors():
         from numoe.cluster.plan import PlanOptions
         from numoe.deploy.cluster import StopSignals
         from numoe.deploy.launch import running_server
+        from numoe.engine.worker.kv_pool import KvType
 
         options = PlanOptions(
-            context=ctx_size, slots=parallel, threads=threads, shards=parse_shards(shards), chunk=chunk, queue=queue
-        )
+            context=ctx_size, slots=parallel, threads=threads, shards=parse_shards(shards), chunk=chunk, queue=queue,
+            kv_type=KvType(cache_type_k, cache_type_v),
+        )  # fmt: skip
         with StopSignals() as signals, running_server(model, options, listen) as server:
             signals.started()
             print(f"numoe serves {server.plan.model} at {server.address} (Ctrl-C stops it)", flush=True)

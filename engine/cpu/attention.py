@@ -1,9 +1,13 @@
 """Attention over pages of KV: rotary embedding, appending to the cache, scores and values.
 
-A page holds 256 tokens of every layer and KV head, float16. For one head:
+A page holds 256 tokens of every layer and KV head. For one head, keys then values, each of them
+either float16:
 
     keys    [16 blocks, head_dim, 16 tokens]: a vector holds one dimension of sixteen tokens
     values  [256 tokens, head_dim]
+
+or 8-bit (`kv_cells.py`), in the layout of packed Q8_0 weights, so that scores and weighted sums are
+products like any other.
 
 A query row attends page by page, with the online softmax of Milakov & Gimelshein 2018 between
 pages, in order: its result is the same however the work is split. The query heads that share a KV
@@ -20,14 +24,22 @@ from numba import njit
 
 from numoe.engine.cpu import simd as v
 from numoe.engine.cpu import tile
+from numoe.engine.cpu.kv_cells import SCORES_STRIDE, append_f16, append_q8, q8_scores, q8_values
 from numoe.engine.cpu.memory import field, float_field, inline
 from numoe.engine.cpu.program import N_ROWS, PAGE_TABLE_STRIDE, PAGE_TABLES, POSITIONS, SLOTS, kernel, share
-from numoe.engine.cpu.rows import exp, rms_norm_row
+from numoe.engine.cpu.rows import activation_bytes, exp, quantize_row, rms_norm_row
 from numoe.engine.kv.pages import PAGE_TOKENS
 
-_SCORES_STRIDE = 4 * PAGE_TOKENS
 STATE_FLOATS = 16
 """Floats after a head's accumulator: its maximum, its sum, and padding."""
+
+
+# Record of attend and attend_merge.
+(
+    Q, Q_STRIDE, OUT, OUT_STRIDE, KV_HEADS, GROUP, DIM, SCALE, POOL, PAGE_BYTES, HEAD_BYTES,
+    SCRATCH, SCRATCH_BYTES, PARTS, PART_BYTES, MAX_PAGES, SPLIT_BELOW,
+    KEY_BYTES, K_IS_Q8, V_IS_Q8, Q8_PRODUCT, Q8, Q8_HEAD_BYTES,
+) = range(23)  # fmt: skip
 
 
 @kernel
@@ -72,7 +84,8 @@ def rope_and_append(args: int, step: int, thread: int, threads: int) -> None:
     """Normalise (if the model does) and rotate queries and keys; write keys and values to their page.
 
     Record: q, q stride, k, k stride, v, v stride, heads, KV heads, head_dim, rope table, its stride,
-    rotated half, neox, q norm or 0, k norm or 0, eps, pool + layer offset, page bytes, head bytes.
+    rotated half, neox, q norm or 0, k norm or 0, eps, pool + layer offset, page bytes, head bytes,
+    bytes of a head's keys, whether keys and values are 8-bit, 8-bit queries or 0, bytes of a head's.
     """
     heads, kv_heads, dim = field(args, 6), field(args, 7), field(args, 8)
     units = heads + kv_heads
@@ -87,22 +100,22 @@ def rope_and_append(args: int, step: int, thread: int, threads: int) -> None:
         if norm:
             rms_norm_row(x, norm, dim, float_field(args, 15), x)
         _rotate(x, table, field(args, 11), field(args, 12))
+        if not is_key and field(args, 22):
+            quantize_row(x, dim, field(args, 22) + (row * heads + head) * field(args, 23))
         if is_key:
             position = np.intp(v.load_scalar_i32(field(step, POSITIONS) + 4 * row))
             page = _page(step, row, position // PAGE_TOKENS, field(args, 16), field(args, 17))
             place = page + (head - heads) * field(args, 18)
             values = field(args, 4) + row * field(args, 5) + 4 * dim * (head - heads)
-            _append(place, position % PAGE_TOKENS, dim, x, values)
-
-
-@inline
-def _append(place: int, token: int, dim: int, key: int, value: int) -> None:
-    keys = place + token // 16 * 32 * dim + 2 * (token % 16)
-    for i in range(dim):
-        v.store_scalar_f16(keys + 32 * i, v.load_scalar_f32(key + 4 * i))
-    values = place + 2 * dim * (PAGE_TOKENS + token)
-    for i in range(0, dim, 16):
-        v.store_f16(values + 2 * i, v.load_f32(value + 4 * i))
+            token = position % PAGE_TOKENS
+            if field(args, 20):
+                append_q8(place, 0, token, dim, x)
+            else:
+                append_f16(place, 0, token, dim, x)
+            if field(args, 21):
+                append_q8(place + field(args, 19), 1, token, dim, values)
+            else:
+                append_f16(place + field(args, 19), 1, token, dim, values)
 
 
 @inline
@@ -113,7 +126,7 @@ def _scores_of(acc: Any, queries: int, dim: int, keys: int, blocks: int, out: in
         total = acc
         for i in range(dim):
             total = tile.tile_float(total, v.load_f16(keys + 32 * (block * dim + i)), x, i)
-        tile.tile_store(total, out + 64 * block, _SCORES_STRIDE)
+        tile.tile_store(total, out + 64 * block, SCORES_STRIDE)
 
 
 @inline
@@ -151,33 +164,25 @@ def _softmax_weights(scores: int, tokens: int, scale: float, state: int) -> None
     v.store_scalar_f32(state + 4, v.sum_f32(total))
 
 
-@njit(nogil=True, error_model="numpy")
-def attend_page(
-    q: int, heads: int, dim: int, place: int, tokens: int, scale: float, scratch: int, out: int
-) -> None:
-    """Attention of `heads` query heads (float32 [heads, dim] at `q`) to the first tokens of a page.
-
-    out: float32 [heads, dim + STATE_FLOATS]: unnormalised values, then maximum and sum.
-    scratch: float32 [heads, 256] and int64 [2, heads].
-    """
-    queries, weights = scratch + heads * _SCORES_STRIDE, scratch + heads * (_SCORES_STRIDE + 8)
-    for head in range(heads):
-        v.store_scalar_i64(queries + 8 * head, q + 4 * dim * head)
-        v.store_scalar_i64(weights + 8 * head, scratch + head * _SCORES_STRIDE)
-    blocks, stride = (tokens + 15) // 16, 4 * (dim + STATE_FLOATS)
+@inline
+def _f16_scores(queries: int, heads: int, dim: int, keys: int, blocks: int, scores: int) -> None:
+    """Scores of all heads, whose queries' addresses lie at `queries`, eight or three or one at a time."""
     head = 0
     while heads - head >= 8:
-        _scores_of(tile.tile_zero(8), queries + 8 * head, dim, place, blocks, scratch + head * _SCORES_STRIDE)
+        _scores_of(tile.tile_zero(8), queries + 8 * head, dim, keys, blocks, scores + head * SCORES_STRIDE)
         head += 8
     while heads - head >= 3:
-        _scores_of(tile.tile_zero(3), queries + 8 * head, dim, place, blocks, scratch + head * _SCORES_STRIDE)
+        _scores_of(tile.tile_zero(3), queries + 8 * head, dim, keys, blocks, scores + head * SCORES_STRIDE)
         head += 3
     while heads - head >= 1:
-        _scores_of(tile.tile_zero(1), queries + 8 * head, dim, place, blocks, scratch + head * _SCORES_STRIDE)
+        _scores_of(tile.tile_zero(1), queries + 8 * head, dim, keys, blocks, scores + head * SCORES_STRIDE)
         head += 1
-    for i in range(heads):
-        _softmax_weights(scratch + i * _SCORES_STRIDE, tokens, scale, out + i * stride + 4 * dim)
-    values, head = place + 2 * dim * PAGE_TOKENS, 0
+
+
+@inline
+def _f16_values(weights: int, heads: int, dim: int, values: int, tokens: int, out: int, stride: int) -> None:
+    """Weighted sums of all heads, whose weights' addresses lie at `weights`."""
+    head = 0
     while heads - head >= 8:
         _values_of(tile.tile_zero(8), weights + 8 * head, dim, values, tokens, out + head * stride, stride)
         head += 8
@@ -187,6 +192,42 @@ def attend_page(
     while heads - head >= 1:
         _values_of(tile.tile_zero(1), weights + 8 * head, dim, values, tokens, out + head * stride, stride)
         head += 1
+
+
+@njit(nogil=True, error_model="numpy")
+def attend_page(args: int, q: int, q8: int, place: int, tokens: int, scratch: int, out: int) -> None:
+    """Attention of a KV head's query heads to the first `tokens` tokens of a page.
+
+    args: the record of `attend`. q: float32 [heads, dim]; q8: the same as 8-bit rows, if keys are
+    8-bit. place: the head's keys and values. out: float32 [heads, dim + STATE_FLOATS]: unnormalised
+    values, then maximum and sum. scratch: see `scratch_bytes`.
+    """
+    heads, dim, product = field(args, GROUP), field(args, DIM), field(args, Q8_PRODUCT)
+    pointers, rows = scratch + heads * SCORES_STRIDE, scratch + heads * (SCORES_STRIDE + 8)
+    blocks, stride = (tokens + 15) // 16, 4 * (dim + STATE_FLOATS)
+    if field(args, K_IS_Q8):
+        for head in range(heads):
+            v.store_scalar_i64(pointers + 8 * head, q8 + head * field(args, Q8_HEAD_BYTES))
+        q8_scores(product, pointers, heads, dim, place, blocks, scratch)
+    else:
+        for head in range(heads):
+            v.store_scalar_i64(pointers + 8 * head, q + 4 * dim * head)
+        _f16_scores(pointers, heads, dim, place, blocks, scratch)
+    for head in range(heads):
+        state = out + head * stride + 4 * dim
+        _softmax_weights(scratch + head * SCORES_STRIDE, tokens, float_field(args, SCALE), state)
+    values = place + field(args, KEY_BYTES)
+    if field(args, V_IS_Q8):
+        q8_values(product, scratch, heads, dim, values, tokens, pointers, rows, out, stride)
+    else:
+        for head in range(heads):
+            v.store_scalar_i64(pointers + 8 * head, scratch + head * SCORES_STRIDE)
+        _f16_values(pointers, heads, dim, values, tokens, out, stride)
+
+
+def scratch_bytes(heads: int) -> int:
+    """Bytes of scratch that `attend_page` takes: scores, row addresses, 8-bit softmax weights."""
+    return heads * (SCORES_STRIDE + 8 + activation_bytes(PAGE_TOKENS, "q8"))
 
 
 @inline
@@ -223,13 +264,6 @@ def _finish(total: int, heads: int, dim: int, out: int) -> None:
             v.store_f32(out + 4 * dim * head + i, v.mul(v.load_f32(at + i), inverse))
 
 
-# Record of attend and attend_merge.
-(
-    Q, Q_STRIDE, OUT, OUT_STRIDE, KV_HEADS, GROUP, DIM, SCALE, POOL, PAGE_BYTES, HEAD_BYTES,
-    SCRATCH, SCRATCH_BYTES, PARTS, PART_BYTES, MAX_PAGES, SPLIT_BELOW,
-) = range(17)  # fmt: skip
-
-
 @inline
 def _is_split(args: int, step: int) -> bool:
     """Whether there are so few (row, KV head) pairs that pages are shared out as well."""
@@ -250,8 +284,8 @@ def _attend_one(args: int, step: int, row: int, kv_head: int, number: int, scrat
     tokens = min(PAGE_TOKENS, position + 1 - number * PAGE_TOKENS)
     page = _page(step, row, number, field(args, POOL), field(args, PAGE_BYTES))
     q = field(args, Q) + row * field(args, Q_STRIDE) + 4 * dim * group * kv_head
-    place = page + kv_head * field(args, HEAD_BYTES)
-    attend_page(q, group, dim, place, tokens, float_field(args, SCALE), scratch, out)
+    q8 = field(args, Q8) + (row * field(args, KV_HEADS) + kv_head) * group * field(args, Q8_HEAD_BYTES)
+    attend_page(args, q, q8, page + kv_head * field(args, HEAD_BYTES), tokens, scratch, out)
 
 
 @inline

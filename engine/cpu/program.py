@@ -36,6 +36,7 @@ STEP_FIELDS = TIMES + len(PARTS)
 # Fields of an operation.
 _KERNEL, _ARGS, _PART, _BARRIER = range(4)
 _OPERATION_FIELDS = 4
+_MAY_FAIL = 2  # in _BARRIER: stop there if FAILED is set
 
 
 class Kernel:
@@ -68,14 +69,16 @@ def share(count: int, thread: int, threads: int) -> tuple[int, int]:
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def run_program(operations: int, count: int, step: int, place: int, thread: int, threads: int, spins: int) -> None:
-    """Run a program on one of `threads` threads; stops early where a kernel sets FAILED."""
+    """Run a program on one of `threads` threads; stops where a kernel that may fail sets FAILED."""
     start = now_ns()
     for i in range(count):
         op = operations + 8 * _OPERATION_FIELDS * i
         call_kernel(memory.field(op, _KERNEL), memory.field(op, _ARGS), step, thread, threads)
         if memory.field(op, _BARRIER):
             barrier(place, threads, spins)
-            if memory.field(step, FAILED):
+            if memory.field(op, _BARRIER) == _MAY_FAIL and memory.field(step, FAILED):
+                # Until everybody has seen it: the next run clears the field.
+                barrier(place, threads, spins)
                 return
         if thread == 0:
             end = now_ns()
@@ -91,14 +94,21 @@ class Program:
     operations: list[npt.NDArray[np.int64]] = field(default_factory=list)
     records: list[npt.NDArray[np.int64]] = field(default_factory=list)
 
-    def add(self, function: Kernel, *args: float, part: str = "attention", wait: bool = True) -> None:
-        """Append a kernel with its record; `wait` puts a barrier after it."""
+    def add(
+        self, function: Kernel, *args: float, part: str = "attention", wait: bool = True, may_fail: bool = False
+    ) -> None:
+        """Append a kernel with its record.
+
+        `wait` puts a barrier after it. `may_fail`: it may set FAILED, which ends the program there;
+        the next kernel must not be another one.
+        """
         fields = memory.record(args)
         self.records.append(fields)
-        operation = [function.address, memory.address(fields), PARTS.index(part), int(wait)]
+        barrier_kind = _MAY_FAIL if may_fail else int(wait)
+        operation = [function.address, memory.address(fields), PARTS.index(part), barrier_kind]
         self.operations.append(np.array(operation, np.int64))
 
     def table(self) -> npt.NDArray[np.int64]:
         """The operations, int64 [count, 4]; the program itself must outlive it."""
-        self.operations[-1][_BARRIER] = 1
+        self.operations[-1][_BARRIER] = self.operations[-1][_BARRIER] or 1
         return np.stack(self.operations)

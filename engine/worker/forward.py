@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from gguf import GGMLQuantizationType as QuantType
 
 from numoe.engine.cpu import attention, dense
 from numoe.engine.cpu.memory import address, align, aligned_bytes
+from numoe.engine.cpu.products import product_kernel
 from numoe.engine.cpu.program import (
     FAILED,
     LOGIT_ROWS,
@@ -29,19 +31,20 @@ from numoe.engine.cpu.program import (
     TOKENS,
     Program,
 )
+from numoe.engine.cpu.rows import activation_bytes
 from numoe.engine.cpu.sync import default_spins
 from numoe.engine.cpu.team import ThreadTeam
 from numoe.engine.errors import UnavailableError
 from numoe.engine.experts import exchange
 from numoe.engine.experts.mailbox import Mailbox
 from numoe.engine.gguf import GgufFile
-from numoe.engine.kv.pages import PAGE_TOKENS, pages_for
+from numoe.engine.kv.pages import pages_for
 from numoe.engine.models.config import ModelConfig
 from numoe.engine.models.rope import rope_frequencies
 from numoe.engine.progress import Progress
 from numoe.engine.scheduler import Batch
 from numoe.engine.worker.buffers import Rows
-from numoe.engine.worker.kv_pool import KvPool
+from numoe.engine.worker.kv_pool import F16, KvPool, KvType
 from numoe.engine.worker.weights import DenseWeights, PackedMatrix, dense_tensor_names
 
 LOGITS_AT_ONCE = 16
@@ -54,7 +57,7 @@ class ForwardOptions:
 
     max_rows: rows of a step at most. slots: sequences. n_pages: KV pages. context: tokens of a
     sequence at most. threads: of the team; threads_on_host: of all actors on this host together.
-    shard_bound_s: how long a shard may show no sign of life.
+    shard_bound_s: how long a shard may show no sign of life. kv_type: of the KV cache.
     """
 
     max_rows: int
@@ -64,6 +67,7 @@ class ForwardOptions:
     threads: int
     threads_on_host: int
     shard_bound_s: float = 10.0
+    kv_type: KvType = F16
 
 
 class CpuForward:
@@ -74,7 +78,7 @@ class CpuForward:
     ) -> None:
         self.config, self.options, self._mailbox = config, options, mailbox
         self.weights = DenseWeights(gguf, dense_tensor_names(gguf), options.threads, progress)
-        self.pool = KvPool(config, options.n_pages)
+        self.pool = KvPool(config, options.n_pages, options.kv_type)
         self._step = np.zeros(STEP_FIELDS, np.int64)
         self._team = ThreadTeam(options.threads, options.threads_on_host)
         self._make_buffers()
@@ -158,8 +162,10 @@ class CpuForward:
         config, options = self.config, self.options
         self._group = config.n_heads // config.n_kv_heads
         self._part_bytes = 4 * self._group * (config.head_dim + attention.STATE_FLOATS)
-        self._attend_scratch_bytes = align(2 * self._part_bytes + self._group * (4 * PAGE_TOKENS + 16))
+        self._attend_scratch_bytes = align(2 * self._part_bytes + attention.scratch_bytes(self._group))
         self._attend_scratch = aligned_bytes(options.threads * self._attend_scratch_bytes)
+        self._q8_head_bytes = activation_bytes(config.head_dim, "q8") if config.head_dim % 32 == 0 else 0
+        self._q8 = aligned_bytes(options.max_rows * config.n_heads * self._q8_head_bytes)
         # With fewer (row, KV head) pairs than this, a sequence's pages are shared out among the threads.
         self._split_below = 2 * options.threads if options.threads > 1 else 0
         self._attend_parts = aligned_bytes(self._split_below * pages_for(options.context) * self._part_bytes)
@@ -224,6 +230,7 @@ class CpuForward:
         self._add_norm(program, prefix + "attn_norm.weight", self._x, self._normed, normed_q8)
         for matrix, out, wait in ((q, self._q, False), (k, self._k, False), (v, self._v, True)):
             self._add_matmul(program, matrix, self._normed, self._normed_q8, out, wait=wait)
+        k_is_q8, v_is_q8 = (int(kind == "q8_0") for kind in (pool.kind.keys, pool.kind.values))
         norms = [self.weights.vectors.get(f"{prefix}attn_{part}_norm.weight") for part in ("q", "k")]
         program.add(
             attention.rope_and_append,
@@ -231,7 +238,8 @@ class CpuForward:
             config.n_heads, config.n_kv_heads, config.head_dim, self._rope.base, self._rope.stride,
             config.rope.dims // 2, int(config.rope.style == "neox"),
             *(0 if norm is None else address(norm) for norm in norms), float(config.rms_eps),
-            pool.layer_address(layer), pool.page_bytes, pool.head_bytes,
+            pool.layer_address(layer), pool.page_bytes, pool.head_bytes, pool.key_bytes, k_is_q8, v_is_q8,
+            address(self._q8) if k_is_q8 else 0, self._q8_head_bytes,
         )  # fmt: skip
         arguments = self._attend_arguments(layer)
         program.add(attention.attend, *arguments)
@@ -249,6 +257,8 @@ class CpuForward:
             pool.layer_address(layer), pool.page_bytes, pool.head_bytes,
             address(self._attend_scratch), self._attend_scratch_bytes, address(self._attend_parts), self._part_bytes,
             pages_for(self.options.context), self._split_below,
+            pool.key_bytes, int(pool.kind.keys == "q8_0"), int(pool.kind.values == "q8_0"),
+            product_kernel(QuantType.Q8_0).address, address(self._q8), self._q8_head_bytes,
         )  # fmt: skip
 
     def _add_dense_ffn(self, layer: int) -> None:
@@ -277,7 +287,9 @@ class CpuForward:
             float(moe.weights_scale), mailbox.base + layout.ids, mailbox.base + layout.weights,
         )  # fmt: skip
         spins, bound = default_spins(self.options.threads_on_host), int(self.options.shard_bound_s * 1e9)
-        program.add(exchange.exchange, mailbox.base, layer, layout.shards, spins, bound, part="wait")
+        program.add(
+            exchange.exchange, mailbox.base, layer, layout.shards, spins, bound, part="wait", may_fail=True
+        )
         program.add(
             exchange.add_partials,
             self._x.base, self._x.stride, self.config.hidden,

@@ -202,6 +202,17 @@ def store_scalar_i64(b: Builder, p: Value, v: Value) -> None:
     store(b, p, v)
 
 
+@operation(types.float32, addr)
+def load_scalar_f16(b: Builder, p: Value) -> Value:
+    """One float16, widened to float32."""
+    if not _SOFT_F16:
+        return b.fpext(load(b, p, ir.HalfType()), ir.FloatType())
+    half = load(b, p, ir.HalfType())
+    undefined = ir.Constant(ir.VectorType(ir.HalfType(), 16), ir.Undefined)
+    wide = _from_f16(b, b.insert_element(undefined, half, ir.Constant(I32, 0)))
+    return b.extract_element(wide, ir.Constant(I32, 0))
+
+
 @operation(types.void, addr, types.float32)
 def store_scalar_f16(b: Builder, p: Value, v: Value) -> None:
     """One float32, rounded to float16."""

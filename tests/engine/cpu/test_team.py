@@ -78,7 +78,7 @@ def test_a_failed_step_runs_no_further_and_may_be_run_again_at_once() -> None:
     before, after, step = np.zeros(8, np.int64), np.zeros(8, np.int64), np.zeros(STEP_FIELDS, np.int64)
     program = Program()
     program.add(increment, address(before))
-    program.add(fail)
+    program.add(fail, may_fail=True)
     program.add(increment, address(after))
     table = program.table()
     step[N_ROWS] = 8

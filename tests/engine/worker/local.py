@@ -18,12 +18,13 @@ from numoe.engine.models.config import ModelConfig
 from numoe.engine.progress import Progress
 from numoe.engine.scheduler import Batch
 from numoe.engine.worker.forward import CpuForward, ForwardOptions
+from numoe.engine.worker.kv_pool import F16, KvType
 
 
 @contextmanager
 def local_forward(
     path: Path, *, shards: int = 1, threads: int = 2, max_rows: int = 96, slots: int = 8, context: int = 512,
-    start_shards: bool = True, bound_s: float = 30.0,
+    start_shards: bool = True, bound_s: float = 30.0, kv_type: KvType = F16,
 ) -> Iterator[CpuForward]:  # fmt: skip
     """A forward pass over the model at `path`."""
     folder = shm.create_folder(f"test-{secrets.token_hex(4)}")
@@ -42,7 +43,7 @@ def local_forward(
                     running.append(shard)
         options = ForwardOptions(
             max_rows=max_rows, slots=slots, n_pages=slots * pages_for(context), context=context, threads=threads,
-            threads_on_host=99, shard_bound_s=bound_s,
+            threads_on_host=99, shard_bound_s=bound_s, kv_type=kv_type,
         )  # fmt: skip
         forward = CpuForward(config, gguf, mailbox, options, Progress(1))
         yield forward

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from numoe.engine.errors import UnavailableError
+from numoe.engine.errors import UnavailableError, UnsupportedError
 from numoe.engine.gguf import GgufFile
+from numoe.engine.models.config import ModelConfig
 from numoe.engine.models.reference import reference_logits
+from numoe.engine.worker.kv_pool import KvType
 from tests.engine.worker.local import batch, local_forward, sequence_logits
 from tests.models import WEIGHT_TYPES, make_model
 
@@ -58,6 +60,25 @@ def test_weight_formats_are_as_close_as_eight_bit_activations_allow(qtype: str, 
     with GgufFile.open(path) as gguf, local_forward(path, shards=2) as forward:
         error = nmse(sequence_logits(forward, TOKENS[:40]), reference_logits(gguf, TOKENS[:40]))
     assert error <= (1e-6 if qtype in ("F32", "F16", "BF16") else 6e-4)
+
+
+@pytest.mark.parametrize("values", ["f16", "q8_0"])
+@pytest.mark.parametrize("keys", ["f16", "q8_0"])
+def test_the_kv_type_costs_little_and_no_bit_depends_on_the_batch(keys: str, values: str, tmp_path: Path) -> None:
+    path = make_model(tmp_path / "m.gguf", "qwen3moe", n_experts=4, n_used=4)
+    long = np.random.default_rng(2).integers(0, 256, 290).tolist()
+    with GgufFile.open(path) as gguf, local_forward(path, kv_type=KvType(keys, values)) as forward:
+        found = sequence_logits(forward, long)
+        assert nmse(found, reference_logits(gguf, long)) <= (1e-6 if (keys, values) == ("f16", "f16") else 1e-4)
+        assert np.array_equal(sequence_logits(forward, long, chunk=7, slot=3), found)
+
+
+def test_q8_0_needs_heads_that_it_fits(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "m.gguf", "qwen3moe", head_dim=48)
+    with GgufFile.open(path) as gguf, pytest.raises(UnsupportedError, match=r"multiple of 32.*48"):
+        KvType("q8_0", "f16").check(ModelConfig.from_gguf(gguf))
+    with pytest.raises(UnsupportedError, match="q5_1"):
+        KvType("f16", "q5_1").check(ModelConfig.from_gguf(gguf))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
