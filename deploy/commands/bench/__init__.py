@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from cyclopts import App
 
+from numoe.deploy.commands.bench.concurrency import concurrency
 from numoe.deploy.commands.bench.kernels import kernels
 from numoe.deploy.commands.bench.sweep import sweep
 
 __all__ = ["bench"]
 
 bench = App(name="bench", help="Measure speed: of the kernels, over context depth, and over concurrent streams.")
-for _command in (sweep, kernels):
+for _command in (sweep, kernels, concurrency):
     bench.command(_command)

@@ -97,11 +97,11 @@ def sweep(
                 raise InputError(f"{flag} {value} is not possible: give at least 1")
         if plot is not None:
             require_matplotlib()
-        windows = []
-        if not json_output:
-            print(header(), flush=True)
+        windows = list[Window]()
         with StopSignals():
             for window in _windows(model, ctx_size, pp, tg, threads, shards, chunk):
+                if not windows and not json_output:
+                    print(header())
                 windows.append(window)
                 print(json.dumps(window.to_json()) if json_output else row(window), flush=True)
         if plot is not None:
