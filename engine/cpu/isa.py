@@ -7,7 +7,7 @@ The choice follows the host; NUMOE_ISA forces another:
     avx2      256-bit vectors, dot products through 16-bit multiplies
     portable  what LLVM makes of plain vector code for the host: ARM, old x86
 
-Numba reads its settings when it is imported, so `configure` runs first (see `__init__.py`).
+Numba reads its settings when it is imported, or told to, so `configure` runs first (see `__init__.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import sys
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -75,7 +76,7 @@ def kernel_cache_dir(isa: str) -> Path:
 
 
 def configure() -> str:
-    """Point Numba at the path and its cache folder; the path's name. Must run before Numba is imported."""
+    """Point Numba at the path and its cache folder; the path's name. Must run before Numba compiles anything."""
     isa = choose_isa()
     if os.environ.get("NUMOE_ISA") and isa in _FORCED_CPU and platform.machine() == "x86_64":
         os.environ["NUMBA_CPU_NAME"] = _FORCED_CPU[isa]
@@ -85,6 +86,9 @@ def configure() -> str:
         folder.mkdir(parents=True, exist_ok=True)
         _forget_old_caches(folder.parent)
     os.environ["NUMBA_CACHE_DIR"] = str(folder)
+    if "numba" in sys.modules:
+        # Somebody imported it before us: it would keep stale machine code beside the sources.
+        sys.modules["numba"].core.config.reload_config()
     return isa
 
 
