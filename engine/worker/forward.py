@@ -287,9 +287,7 @@ class CpuForward:
             float(moe.weights_scale), mailbox.base + layout.ids, mailbox.base + layout.weights,
         )  # fmt: skip
         spins, bound = default_spins(self.options.threads_on_host), int(self.options.shard_bound_s * 1e9)
-        program.add(
-            exchange.exchange, mailbox.base, layer, layout.shards, spins, bound, part="wait", may_fail=True
-        )
+        program.add(exchange.exchange, mailbox.base, layer, layout.shards, spins, bound, part="wait", may_fail=True)
         program.add(
             exchange.add_partials,
             self._x.base, self._x.stride, self.config.hidden,
