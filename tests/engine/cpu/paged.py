@@ -6,9 +6,12 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from gguf import GGMLQuantizationType as QuantType
 
 from numoe.engine.cpu import attention
+from numoe.engine.cpu.kv_cells import cell_bytes
 from numoe.engine.cpu.memory import address, align, aligned_bytes
+from numoe.engine.cpu.products import product_kernel
 from numoe.engine.cpu.program import (
     N_ROWS,
     PAGE_TABLE_STRIDE,
@@ -19,10 +22,12 @@ from numoe.engine.cpu.program import (
     Kernel,
     Program,
 )
+from numoe.engine.cpu.rows import activation_bytes, quantize_row
 from numoe.engine.cpu.team import ThreadTeam
 from numoe.engine.kv.pages import PAGE_TOKENS, pages_for
 from numoe.engine.models.config import RopeConfig
 from numoe.engine.models.rope import rope_frequencies
+from numoe.engine.worker.kv_pool import F16, KvType
 
 
 def padded(values: np.ndarray) -> np.ndarray:
@@ -46,9 +51,10 @@ def run(calls: Sequence[tuple[Kernel, tuple[float, ...]]], step: np.ndarray, thr
 class Cache:
     """Pages for sequences of some lengths, in no particular order; what nobody wrote is NaN."""
 
-    def __init__(self, lengths: Sequence[int], kv_heads: int, dim: int, seed: int = 0) -> None:
-        self.kv_heads, self.dim = kv_heads, dim
-        self.head_bytes = 4 * PAGE_TOKENS * dim
+    def __init__(self, lengths: Sequence[int], kv_heads: int, dim: int, seed: int = 0, kind: KvType = F16) -> None:
+        self.kv_heads, self.dim, self.kind = kv_heads, dim, kind
+        self.key_bytes = cell_bytes(kind.keys, dim, values=False)
+        self.head_bytes = self.key_bytes + cell_bytes(kind.values, dim, values=True)
         self.page_bytes = kv_heads * self.head_bytes
         counts = [pages_for(length) for length in lengths]
         spare = iter(np.random.default_rng(seed).permutation(sum(counts)))
@@ -59,12 +65,10 @@ class Cache:
         self.memory.view(np.float16)[:] = np.nan
 
     def head(self, slot: int, page: int, kv_head: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys float16 [16, dim, 16] and values float16 [256, dim] of one head of a sequence's page."""
+        """Keys [16, dim, 16] and values [256, dim] of one head of a sequence's page, float16 both."""
         at = self.tables[slot, page] * self.page_bytes + kv_head * self.head_bytes
-        both = self.memory[at : at + self.head_bytes].view(np.float16)
-        return both[: PAGE_TOKENS * self.dim].reshape(16, self.dim, 16), both[PAGE_TOKENS * self.dim :].reshape(
-            PAGE_TOKENS, self.dim
-        )
+        keys, values = np.split(self.memory[at : at + self.head_bytes].view(np.float16), 2)
+        return keys.reshape(16, self.dim, 16), values.reshape(PAGE_TOKENS, self.dim)
 
     def tokens(self, slot: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """The first keys and values of a sequence, float64 [length, KV heads, dim] each."""
@@ -96,16 +100,22 @@ class Cache:
 
     def attend(self, q: np.ndarray, rows: np.ndarray, *, threads: int, split: bool) -> np.ndarray:
         """Attention of q float32 [n, heads, dim]: float32 [n, heads, dim]."""
-        group = q.shape[1] // self.kv_heads
+        group, q8_bytes = q.shape[1] // self.kv_heads, activation_bytes(self.dim, "q8")
+        q8 = aligned_bytes(q.shape[0] * q.shape[1] * q8_bytes)
+        for i, head in enumerate(np.ascontiguousarray(q).reshape(-1, self.dim)):
+            if self.dim % 32 == 0:
+                quantize_row(address(head), self.dim, address(q8) + i * q8_bytes)
         q, out = padded(q), padded(np.full(q.shape, np.nan, np.float32))
         part = 4 * group * (self.dim + attention.STATE_FLOATS)
-        scratch_bytes = align(2 * part + group * (4 * PAGE_TOKENS + 16))
+        scratch_bytes = align(2 * part + attention.scratch_bytes(group))
         pages, units = self.tables.shape[1], len(rows) * self.kv_heads
         scratch, parts = aligned_bytes(threads * scratch_bytes), aligned_bytes(units * pages * part if split else 0)
         record = (
             address(q), q.strides[0], address(out), out.strides[0], self.kv_heads, group, self.dim,
             1 / math.sqrt(self.dim), address(self.memory), self.page_bytes, self.head_bytes,
             address(scratch), scratch_bytes, address(parts), part, pages, units + 1 if split else 0,
+            self.key_bytes, int(self.kind.keys == "q8_0"), int(self.kind.values == "q8_0"),
+            product_kernel(QuantType.Q8_0).address, address(q8), q8_bytes,
         )  # fmt: skip
         run([(attention.attend, record), (attention.attend_merge, record)], self.step(rows), threads)
         return out
@@ -123,7 +133,8 @@ class Cache:
             address(q), q.strides[0], address(k), k.strides[0], address(v), v.strides[0],
             q.shape[1], self.kv_heads, self.dim, address(table), table.strides[0],
             rope.dims // 2, int(rope.style == "neox"), *((address(n) for n in norms) if norms else (0, 0)), float(eps),
-            address(self.memory), self.page_bytes, self.head_bytes,
+            address(self.memory), self.page_bytes, self.head_bytes, self.key_bytes,
+            int(self.kind.keys == "q8_0"), int(self.kind.values == "q8_0"), 0, 0,
         )  # fmt: skip
         calls = [(attention.rope_table, table_record), (attention.rope_and_append, record)]
         run(calls, self.step(rows), threads)

@@ -12,6 +12,7 @@ from numoe.engine.cpu.memory import address
 from numoe.engine.cpu.program import N_ROWS, POSITIONS, STEP_FIELDS
 from numoe.engine.models.config import RopeConfig
 from numoe.engine.models.reference import rotate, softmax
+from numoe.engine.worker.kv_pool import KV_TYPES, KvType
 from tests.engine.cpu.paged import Cache, run
 
 EDGES = [1, 2, 15, 16, 17, 31, 33, 240, 241, 255, 256, 257, 272, 511, 512, 513]
@@ -56,6 +57,30 @@ def test_attention_equals_float64_and_splitting_it_changes_no_bit(
     for row, (slot, length) in enumerate(enumerate(lengths)):
         want = softmax_attention(q[row], *cache.tokens(slot, length))
         assert np.abs(found[row] - want).max() <= 5e-6 * max(1, sharpness)
+    for threads, split in ((1, True), (3, True), (2, False)):
+        assert np.array_equal(cache.attend(q, rows, threads=threads, split=split), found)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    lengths=st.lists(st.sampled_from(EDGES), min_size=1, max_size=3), group=st.integers(1, 9),
+    dim=st.sampled_from([32, 64, 128]), keys=st.sampled_from(KV_TYPES), values=st.sampled_from(KV_TYPES),
+)  # fmt: skip
+def test_eight_bit_caches_are_close_to_float64_and_splitting_changes_no_bit(
+    lengths: list[int], group: int, dim: int, keys: str, values: str
+) -> None:
+    rng, rope = np.random.default_rng(sum(lengths)), RopeConfig(dims=dim, theta=1e4, style="neox")
+    cache, written = Cache(lengths, 2, dim, kind=KvType(keys, values)), []
+    for slot, length in enumerate(lengths):
+        k, v = (rng.standard_normal((length, 2, dim)).astype(np.float32) for _ in range(2))
+        cache.rotate_and_append(k, k, v, rows_of([(slot, i) for i in range(length)]), rope, threads=2)
+        written.append((rotate(k.astype(np.float64), rope), v.astype(np.float64)))
+    rows = rows_of([(slot, length - 1) for slot, length in enumerate(lengths)])
+    q = rng.standard_normal((len(rows), 2 * group, dim)).astype(np.float32)
+    found = cache.attend(q, rows, threads=1, split=False)
+    for row, history in enumerate(written):
+        want = softmax_attention(q[row], *history)
+        assert ((found[row] - want) ** 2).mean() <= 3e-4 * (want**2).mean()
     for threads, split in ((1, True), (3, True), (2, False)):
         assert np.array_equal(cache.attend(q, rows, threads=threads, split=split), found)
 
