@@ -8,11 +8,16 @@ from numba import njit
 
 from numoe.engine.cpu import ISA
 from numoe.engine.cpu import simd as v
-from numoe.engine.cpu.memory import address
+from numoe.engine.cpu.memory import address, aligned_bytes
+from numoe.engine.cpu.rows import activation_bytes, quantize_reference, quantize_row
+from numoe.engine.formats import pack
 from tests.engine.cpu.support import Matrix, random_weights
 from tests.engine.cpu.test_products import as_seen
 
-FORMATS = (QuantType.Q4_0, QuantType.Q5_1, QuantType.Q6_K, QuantType.IQ4_XS, QuantType.F16)
+# One for each way to hold codes and scales; packing is plain integer code, here that in NumPy.
+FORMATS = (QuantType.IQ4_XS, QuantType.F16, QuantType.Q5_1, QuantType.Q6_K)
+if ISA == "portable":
+    FORMATS = FORMATS[:2]  # plain vector code takes LLVM six seconds a format
 
 
 @njit
@@ -30,12 +35,35 @@ def _narrow(x: int, out: int, n: int) -> None:
 def check_products() -> None:
     for qtype in FORMATS:
         raw, weights = random_weights(qtype, 33, 512)
-        matrix = Matrix(raw, qtype, 512, (3, 13))
+        matrix = Matrix(raw, qtype, 512, (3, 13), pack)
         part = weights[:, 96:416]
         assert np.array_equal(matrix.unpacked(), part), qtype
         x = np.random.default_rng(0).standard_normal((14, 320)).astype(np.float32)
         want = as_seen(x, qtype) @ part.T.astype(np.float64)
         assert np.abs(matrix.product(x) - want).max() <= 1e-4 * want.std(), qtype
+
+
+def check_extreme_codes() -> None:
+    """Sums of products that would saturate 16 bits: codes 255 and 0 times activations of -128 and 127."""
+    for weight in (127, -128):
+        raw = np.zeros((16, 2 * 34), np.uint8)
+        raw[:] = np.tile(np.array([1.0], np.float16).view(np.uint8).tolist() + [weight % 256] * 32, 2)
+        x = np.full((4, 64), -3.0, np.float32)
+        x[1::2, 1::2] = 2.9
+        want = as_seen(x, QuantType.Q8_0) @ np.full((64, 16), float(weight))
+        found = Matrix(raw, QuantType.Q8_0, 64, None, pack).product(x)
+        np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-3)
+
+
+def check_quantized_rows() -> None:
+    """Codes are the reference's, also where a value lies half way between two."""
+    x = np.random.default_rng(2).standard_normal((8, 64)).astype(np.float32)
+    x[:, 32:] = np.arange(-16, 16) / 2
+    x[:, 32] = 64  # one step is a half: the scale is exact, every other value a tie
+    buffer = aligned_bytes(activation_bytes(64, "q8"))
+    for row, codes in zip(x, quantize_reference(x)[0], strict=True):
+        quantize_row(address(row), 64, address(buffer))
+        assert np.array_equal(buffer[:64].view(np.int8), codes)
 
 
 def check_f16() -> None:
@@ -58,5 +86,7 @@ def check_f16() -> None:
 
 if __name__ == "__main__":
     check_products()
+    check_extreme_codes()
+    check_quantized_rows()
     check_f16()
     print(ISA, "ok")

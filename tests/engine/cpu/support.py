@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from gguf import GGMLQuantizationType as QuantType
 from gguf import quants
 
 from numoe.engine.cpu.memory import address, aligned_bytes
-from numoe.engine.cpu.packing import pack
+from numoe.engine.cpu.packing import pack as compiled_pack
 from numoe.engine.cpu.products import product_kernel, unpack_kernel
 from numoe.engine.cpu.rows import activation_bytes, quantize_row
 from numoe.engine.formats import FORMATS, shape_of
@@ -27,8 +29,9 @@ class Matrix:
     """A packed matrix whose products can be called."""
 
     def __init__(
-        self, raw: np.ndarray, qtype: QuantType, cols: int, block_range: tuple[int, int] | None = None
-    ) -> None:
+        self, raw: np.ndarray, qtype: QuantType, cols: int, block_range: tuple[int, int] | None = None,
+        pack: Callable[..., None] = compiled_pack,
+    ) -> None:  # fmt: skip
         self.qtype, self.shape = qtype, shape_of(qtype, len(raw), cols, block_range)
         self.data = aligned_bytes(self.shape.nbytes)
         pack(raw, qtype, self.data, block_range)

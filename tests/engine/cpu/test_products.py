@@ -87,10 +87,35 @@ def test_exp_is_within_two_units_in_the_last_place() -> None:
     assert (np.abs(out - want) / np.spacing(want.astype(np.float32))).max() <= 2
 
 
-def test_rms_norm_equals_float64() -> None:
-    rng = np.random.default_rng(2)
-    x, weight = (rng.standard_normal(160).astype(np.float32) for _ in range(2))
+@njit
+def _map_silu(gate: int, up: int, n: int) -> None:
+    for i in range(0, 4 * n, 64):
+        v.store_f32(gate + i, rows.silu_mul(v.load_f32(gate + i), v.load_f32(up + i)))
+
+
+def test_exp_and_swiglu_stay_finite_at_the_ends() -> None:
+    x = np.array([-np.inf, -1e30, -200, -104, -88, 88, 0, 1e-40] * 2, np.float32)
     out = np.empty_like(x)
-    rms_norm_row(address(x), address(weight), 160, np.float32(1e-6), address(out))
+    _map_exp(address(x), address(out), 16)
+    np.testing.assert_allclose(out[:8], [0, 0, 0, 0, np.exp(-88), np.exp(88), 1, 1], rtol=1e-6, atol=2e-38)
+    gate, up = np.array([-1e4, -100, -88, 88, 100, 1e4, 0, -0.0] * 2, np.float32), np.full(16, 3, np.float32)
+    _map_silu(address(gate), address(up), 16)
+    np.testing.assert_allclose(gate[:8], [0, 0, 0, 264, 300, 3e4, 0, 0], rtol=1e-6, atol=1e-33)
+
+
+def test_swiglu_equals_float64() -> None:
+    rng = np.random.default_rng(3)
+    gate, up = (4 * rng.standard_normal(1024).astype(np.float32) for _ in range(2))
+    want = gate.astype(np.float64) / (1 + np.exp(-gate.astype(np.float64))) * up
+    _map_silu(address(gate), address(up), 1024)
+    np.testing.assert_allclose(gate, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("cols", [16, 160])
+def test_rms_norm_equals_float64(cols: int) -> None:
+    rng = np.random.default_rng(2)
+    x, weight = (rng.standard_normal(cols).astype(np.float32) for _ in range(2))
+    out = np.empty_like(x)
+    rms_norm_row(address(x), address(weight), cols, np.float32(1e-6), address(out))
     wide = x.astype(np.float64)
     np.testing.assert_allclose(out, wide / np.sqrt((wide**2).mean() + 1e-6) * weight, rtol=2e-6)

@@ -31,9 +31,7 @@ def _rounds(place: int, seen: np.ndarray, thread: int, threads: int, spins: int)
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_nobody_passes_a_barrier_before_all_have_come(threads: int, spins: int) -> None:
     place, seen = aligned_bytes(BARRIER_BYTES), np.zeros(threads + 1, np.int64)
-    crew = [
-        threading.Thread(target=_rounds, args=(address(place), seen, i, threads, spins)) for i in range(threads)
-    ]
+    crew = [threading.Thread(target=_rounds, args=(address(place), seen, i, threads, spins)) for i in range(threads)]
     for member in crew:
         member.start()
     for member in crew:
@@ -69,3 +67,11 @@ def test_a_parked_waiter_is_woken() -> None:
         time.sleep(0.001)
     publish(address(words), address(words) + 64, np.uint32(7))
     assert woken.wait(10)
+
+
+def test_a_counter_is_awaited_across_its_wrap_around() -> None:
+    words = aligned_bytes(128)
+    word = words[:4].view(np.uint32)
+    for seen, wanted, reached in ((2**32 - 1, 0, False), (0, 0, True), (3, 2**32 - 2, True), (2**32 - 2, 3, False)):
+        word[0] = seen
+        assert await_counter(address(words), address(words) + 64, np.uint32(wanted), 1, 1_000_000) == reached

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gguf import GGML_QUANT_SIZES
+from gguf import GGML_QUANT_SIZES, quants
 from gguf import GGMLQuantizationType as QuantType
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,6 +27,19 @@ def test_unpacking_gives_what_ggml_dequantizes_bit_for_bit(qtype: QuantType, dat
     raw, weights = random_weights(qtype, rows, 32 * blocks, seed=rows)
     unpacked = Matrix(raw, qtype, 32 * blocks, (first, last)).unpacked()
     assert np.array_equal(unpacked, weights[:, 32 * first : 32 * last])
+
+
+@pytest.mark.parametrize("qtype", ALL_FORMATS, ids=lambda q: q.name)
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_any_bytes_unpack_to_what_ggml_dequantizes(qtype: QuantType, seed: int) -> None:
+    """Scales that are subnormal, huge, infinite or no number, and codes that quantizers never write."""
+    block, size = GGML_QUANT_SIZES[qtype]
+    raw = np.random.default_rng(seed).integers(0, 256, (17, 512 // block * size), np.uint8)
+    with np.errstate(all="ignore"):
+        want = quants.dequantize(raw, qtype).reshape(17, 512)
+    found = Matrix(raw, qtype, 512).unpacked()
+    assert np.array_equal(found, want, equal_nan=True)
 
 
 @pytest.mark.parametrize("qtype", ALL_FORMATS, ids=lambda q: q.name)
