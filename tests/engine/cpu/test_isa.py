@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,21 @@ def test_kernels_are_right_on_every_path(isa: str) -> None:
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == f"{isa} ok"
+
+
+def test_settings_hold_although_numba_was_imported_first(tmp_path: Path) -> None:
+    """Or stale kernels would be kept beside the sources, and a forced path compiled for the host."""
+    script = (
+        "import numba, numoe.engine.cpu.team as team; from numba.core.registry import cpu_target;"
+        "print(team._lead._cache.cache_path, cpu_target.target_context.codegen()._get_host_cpu_name())"
+    )
+    environment = {**os.environ, "NUMOE_ISA": "portable", "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=True)
+    folder, cpu = result.stdout.split()
+    assert Path(folder).is_relative_to(tmp_path / "numoe" / "kernels")
+    if platform.machine() == "x86_64":
+        assert cpu == "x86-64-v2"
 
 
 def test_the_portable_path_runs_everywhere() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,9 @@ from numoe.engine import shm
 from numoe.engine.cpu.memory import address
 from numoe.engine.cpu.rows import quantize_reference, quantize_row
 from numoe.engine.cpu.sync import publish
+from numoe.engine.errors import UnavailableError
 from numoe.engine.experts.mailbox import (
+    HEARTBEAT,
     REQUEST_LAYER,
     REQUEST_ROWS,
     REQUEST_SEQUENCE,
@@ -23,27 +26,39 @@ from numoe.engine.experts.mailbox import (
     MailboxLayout,
 )
 from numoe.engine.experts.shard import ExpertShard, ShardSlice
+from numoe.engine.formats import packed_format
 from numoe.engine.gguf import GgufFile
 from numoe.engine.models.config import ModelConfig
-from tests.models import make_model
+from tests.models import Weights, build_model
 
-HIDDEN, EXPERTS, USED, MAX_ROWS, LAYER = 128, 5, 2, 40, 1
+HIDDEN, FFN, EXPERTS, USED, MAX_ROWS, LAYER = 256, 256, 5, 2, 40, 1
+# Of gate, up and down. The last mixes both kinds of activations, and cuts supers of 256 columns.
+TYPES = {"F32": ("F32",) * 3, "Q8_0": ("Q8_0",) * 3, "mixed": ("Q4_K", "F16", "IQ4_XS")}
+PARTS = ("gate", "up", "down")
 
 
-@pytest.fixture(scope="module", params=["F32", "Q8_0"])
+@pytest.fixture(scope="module", params=TYPES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    options = {"n_experts": EXPERTS, "n_used": USED, "hidden": HIDDEN, "expert_ffn": 128}
-    return make_model(tmp_path_factory.mktemp("m") / "m.gguf", "qwen3moe", experts_type=request.param, **options)
+    tiny = build_model("qwen3moe", n_experts=EXPERTS, n_used=USED, hidden=HIDDEN, expert_ffn=FFN)
+    weights = Weights(5)
+    for part, qtype in zip(PARTS, TYPES[request.param], strict=True):
+        data = weights.packed(qtype, (EXPERTS, FFN, HIDDEN), HIDDEN**-0.5)
+        tiny.tensors[f"blk.{LAYER}.ffn_{part}_exps.weight"] = (data, qtype)
+    return tiny.write(tmp_path_factory.mktemp("m") / "m.gguf")
 
 
 class Client:
     """Asks running shards as the attention worker does."""
 
     def __init__(self, mailbox: Mailbox) -> None:
-        self.mailbox, self.layout, self.sequence = mailbox, mailbox.layout, 0
+        self.mailbox, self.layout = mailbox, mailbox.layout
+        self.sequence = int(self._region(REQUEST_SEQUENCE, 4).view(np.uint32)[0])
 
     def _region(self, at: int, nbytes: int) -> np.ndarray:
         return self.mailbox.segment.array[at : at + nbytes]
+
+    def heartbeat(self, shard: int) -> int:
+        return int(self._region(self.layout.reply(shard) + HEARTBEAT, 4).view(np.uint32)[0])
 
     def ask(self, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Partial sums float32 [shards, rows, hidden] for rows x float32 [rows, hidden]."""
@@ -57,7 +72,7 @@ class Client:
         self._region(REQUEST_LAYER, 8).view(np.int64)[0] = LAYER
         self._region(REQUEST_ROWS, 8).view(np.int64)[0] = rows
         self.mailbox.partials()[:] = np.nan
-        self.sequence += 1
+        self.sequence = (self.sequence + 1) % 2**32
         base = self.mailbox.base
         publish(base + REQUEST_SEQUENCE, base + REQUEST_SLEEPERS, np.uint32(self.sequence))
         for shard in range(layout.shards):
@@ -68,16 +83,18 @@ class Client:
 
 
 @contextmanager
-def running(model: Path, shards: int, threads: int = 2) -> Iterator[Client]:
+def running(model: Path, shards: int, threads: int = 2, sequence: int = 0) -> Iterator[Client]:
     folder = shm.create_folder(f"test-{secrets.token_hex(4)}")
     with GgufFile.open(model) as gguf:
         config = ModelConfig.from_gguf(gguf)
         mailbox = Mailbox.create(str(folder / "mailbox"), MailboxLayout(shards, MAX_ROWS, USED, HIDDEN))
+        mailbox.segment.array[REQUEST_SEQUENCE : REQUEST_SEQUENCE + 4].view(np.uint32)[0] = sequence
         crew = []
         for index in range(shards):
             cut = ShardSlice(index, shards)
             crew.append(ExpertShard(config, gguf, mailbox, cut, folder=folder, threads=threads, threads_on_host=99))
             crew[-1].load()
+            assert crew[-1].progress.snapshot()[0] == crew[-1].nbytes
             crew[-1].start()
         try:
             yield Client(mailbox)
@@ -91,22 +108,22 @@ def running(model: Path, shards: int, threads: int = 2) -> Iterator[Client]:
 def mixture(model: Path, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The layer in float64, with activations rounded where the kernels round them."""
     with GgufFile.open(model) as gguf:
-        names = [f"blk.{LAYER}.ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
+        names = [f"blk.{LAYER}.ffn_{part}_exps.weight" for part in PARTS]
         gate, up, down = (gguf.dequantize(name).astype(np.float64) for name in names)
-        rounds = gguf.tensors[names[0]].qtype.name == "Q8_0"
+        of_gate, of_up, of_down = (packed_format(gguf.tensors[name].qtype).activations for name in names)
 
-    def seen(rows: np.ndarray) -> np.ndarray:
-        if not rounds:
+    def seen(rows: np.ndarray, activations: str) -> np.ndarray:
+        if activations == "f32":
             return rows.astype(np.float64)
         codes, scales = quantize_reference(rows.astype(np.float32))
         return codes * np.repeat(scales.astype(np.float64), 32, axis=1)
 
     out = np.zeros((len(x), HIDDEN))
     for row, choice in np.ndindex(ids.shape):
-        expert, rounded = ids[row, choice], seen(x[row : row + 1])
-        g = rounded @ gate[expert].T
-        h = g / (1 + np.exp(-g)) * (rounded @ up[expert].T)
-        out[row] += weights[row, choice] * (seen(h) @ down[expert].T)[0]
+        expert, here = ids[row, choice], x[row : row + 1]
+        g, u = seen(here, of_gate) @ gate[expert].T, seen(here, of_up) @ up[expert].T
+        h = g / (1 + np.exp(-g)) * u
+        out[row] += weights[row, choice] * (seen(h, of_down) @ down[expert].T)[0]
     return out
 
 
@@ -117,7 +134,8 @@ def case(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return rng.standard_normal((rows, HIDDEN)).astype(np.float32), ids, weights
 
 
-@pytest.mark.parametrize("shards", [1, 2, 3, 4])
+# With nine shards and eight blocks of 32 columns, one shard has nothing.
+@pytest.mark.parametrize("shards", [1, 2, 3, 9])
 def test_partial_sums_add_up_to_the_mixture(model: Path, shards: int) -> None:
     with running(model, shards) as client:
         for rows in (1, 2, 13, MAX_ROWS):
@@ -145,6 +163,34 @@ def test_a_row_is_the_same_alone_and_with_others_and_for_any_threads(model: Path
             for row in (0, 7, 19):
                 part = slice(row, row + 1)
                 assert np.array_equal(client.ask(x[part], ids[part], weights[part]), want[:, part])
+
+
+def test_sequence_numbers_wrap_around(model: Path) -> None:
+    x, ids, weights = case(3, seed=3)
+    with running(model, 2, sequence=2**32 - 3) as client:
+        answers = [client.ask(x, ids, weights) for _ in range(6)]
+    assert client.sequence == 3
+    assert all(np.array_equal(answer, answers[0]) for answer in answers)
+
+
+def test_idle_shards_use_no_processor_and_show_that_they_live(model: Path) -> None:
+    with running(model, 2) as client:
+        client.ask(*case(1, seed=0))
+        beats = [client.heartbeat(shard) for shard in range(2)]
+        start = time.process_time()
+        time.sleep(0.5)
+        assert time.process_time() - start < 0.02
+        assert all(client.heartbeat(shard) > before for shard, before in enumerate(beats))
+
+
+def test_a_mailbox_of_another_layout_is_not_attached(model: Path) -> None:
+    with running(model, 1) as client:
+        with pytest.raises(UnavailableError, match="bytes expected"):
+            Mailbox.attach(str(client.mailbox.segment.path), MailboxLayout(2, MAX_ROWS, USED, HIDDEN))
+        same = Mailbox.attach(str(client.mailbox.segment.path), client.layout)
+        client.ask(*case(1, seed=0))
+        assert np.array_equal(same.partials(), client.mailbox.partials(), equal_nan=True)
+        same.close()
 
 
 def test_regions_of_a_mailbox_do_not_overlap() -> None:
