@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
+import psutil
 import ray
 from ray.exceptions import RayError
 
@@ -24,6 +27,7 @@ from numoe.cluster.supervisor import NAMESPACE, ActorClasses, Supervisor
 from numoe.engine.errors import NumoeError, UnavailableError
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_OWN_TEMP_DIR = f"{tempfile.gettempdir()}/numoe-ray-{os.getuid()}"
 _OBJECT_STORE_BYTES = 128 << 20  # Ray's default is 30 % of memory, and lies where the weights lie
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -45,19 +49,41 @@ def start_ray() -> bool:
 
 def _init_ray() -> bool:
     quiet = {"namespace": NAMESPACE, "logging_level": logging.ERROR, "log_to_driver": False}
-    try:
-        ray.init(address=os.environ.get("RAY_ADDRESS") or "auto", **quiet)
-    except ConnectionError:
-        if os.environ.get("RAY_ADDRESS"):
-            raise UnavailableError(
-                f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}; unset it to start one here"
-            ) from None
-    else:
-        return False
+    wanted = os.environ.get("RAY_ADDRESS", "")
+    address = wanted or _running_cluster()
+    if address and address != "local":
+        try:
+            ray.init(address=address, **quiet)
+        except ConnectionError:
+            if wanted:
+                raise UnavailableError(
+                    f"no Ray cluster answers at RAY_ADDRESS={wanted}; unset it to start one here"
+                ) from None
+        else:
+            return False
     ray.init(
-        include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, _node_ip_address="127.0.0.1", **quiet
+        address="local",
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=_OWN_TEMP_DIR,
+        **quiet,
     )
     return True
+
+
+def _running_cluster() -> str:
+    """The address of a Ray cluster with a node on this host, empty if there is none.
+
+    One that another numoe started for itself does not count: it goes when that one does.
+    """
+    for process in psutil.process_iter(["name", "cmdline"]):
+        if process.info["name"] == "raylet":
+            command = " ".join(process.info["cmdline"] or ())
+            found = re.search(r"--gcs-address=(\S+)", command)
+            if found and f"--temp_dir={_OWN_TEMP_DIR}" not in command:
+                return found.group(1)
+    return ""
 
 
 class Server:

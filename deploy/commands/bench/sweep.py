@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ from numoe.deploy.console import one_line_errors
 from numoe.engine.errors import InputError
 
 if TYPE_CHECKING:
+    from numoe.cluster.plan import PlanOptions
     from numoe.engine.worker.engine import Measurement
 
 PARTS = {"attention": "attn", "experts": "exp", "wait": "wait", "other": "other"}
@@ -24,7 +25,7 @@ _WARM_UP_TOKENS = 4
 
 @dataclass(frozen=True)
 class Window:
-    """One row of the sweep: a prompt behind `n_kv` tokens, then an answer behind both."""
+    """One row of the sweep: an answer behind `n_kv` tokens, and a prompt in its place."""
 
     n_kv: int
     prefill: Measurement
@@ -56,13 +57,15 @@ def sweep(
     threads: int | None = None,
     shards: str = "auto",
     chunk: int | None = None,
+    cache_type_k: str = "f16",
+    cache_type_v: str = "f16",
     json_output: Annotated[bool, Parameter(name="--json", negative=())] = False,
     plot: Path | None = None,
 ) -> int:
     """Measure prefill and decode at growing depth, in the form of llama-sweep-bench.
 
-    For N_KV = 0, PP, 2 PP and so on: PP random tokens are read behind N_KV others (T_PP), then TG
-    tokens are generated, at depth N_KV + PP (T_TG), and forgotten. Attention worker and expert
+    For N_KV = 0, PP, 2 PP and so on: TG tokens are generated behind N_KV random others (T_TG) and
+    forgotten, then PP tokens are read in their place (T_PP). Attention worker and expert
     shards are those of `numoe serve`; gateway and scheduler take no part. A token's milliseconds
     are split into what the attention side computes, what the slowest shard computes, waiting for
     it, and the rest of a step.
@@ -83,6 +86,10 @@ def sweep(
         Expert shards: "auto" is one for each NUMA node.
     chunk
         Prompt tokens of one step; 256 if not given, as for `numoe serve`.
+    cache_type_k
+        Type of the keys in the KV cache: f16 or q8_0.
+    cache_type_v
+        Type of the values in the KV cache, likewise.
     json_output
         Print one JSON object a line instead of the table.
     plot
@@ -90,7 +97,9 @@ def sweep(
 
     """
     with one_line_errors():
+        from numoe.cluster.plan import PlanOptions
         from numoe.deploy.cluster import StopSignals
+        from numoe.engine.worker.kv_pool import KvType
 
         for flag, value in (("--pp", pp), ("--tg", tg)):
             if value < 1:
@@ -99,7 +108,9 @@ def sweep(
             require_matplotlib()
         windows = list[Window]()
         with StopSignals():
-            for window in _windows(model, ctx_size, pp, tg, threads, shards, chunk):
+            kv_type = KvType(cache_type_k, cache_type_v)
+            options = PlanOptions(slots=1, threads=threads, shards=parse_shards(shards), chunk=chunk, kv_type=kv_type)
+            for window in _windows(model, ctx_size, pp, tg, options):
                 if not windows and not json_output:
                     print(header())
                 windows.append(window)
@@ -109,14 +120,12 @@ def sweep(
     return 0
 
 
-def _windows(
-    model: str, ctx_size: int | None, pp: int, tg: int, threads: int | None, shards: str, chunk: int | None
-) -> Iterator[Window]:
+def _windows(model: str, ctx_size: int | None, pp: int, tg: int, options: PlanOptions) -> Iterator[Window]:
     """Start the actors, and measure from depth to depth."""
     import numpy as np
     import ray
 
-    from numoe.cluster.plan import DEFAULT_CONTEXT, PlanOptions
+    from numoe.cluster.plan import DEFAULT_CONTEXT
     from numoe.deploy.launch import running_server
     from numoe.engine.gguf import GgufFile
     from numoe.engine.models.config import ModelConfig
@@ -127,15 +136,16 @@ def _windows(
     # The answer of the last row may go beyond --ctx-size, where the model allows it.
     context = size if size > config.context else min(size + tg, config.context)
     depths = depths_of(context, size, pp, tg)
-    options = PlanOptions(context=context, slots=1, threads=threads, shards=parse_shards(shards), chunk=chunk)
+    options = replace(options, context=context)
     tokens = np.random.default_rng(0).integers(0, config.vocab, depths[-1] + pp).tolist()
     with running_server(model, options, None) as server:
         worker = server.worker()
         ray.get(worker.measure_prefill.remote(tokens[:pp], 0))
         ray.get(worker.measure_decode.remote(tokens[0], pp, min(tg, _WARM_UP_TOKENS)))
         for n_kv in depths:
+            decode = ray.get(worker.measure_decode.remote(tokens[0], n_kv, tg))
             prefill = ray.get(worker.measure_prefill.remote(tokens[n_kv : n_kv + pp], n_kv))
-            yield Window(n_kv, prefill, ray.get(worker.measure_decode.remote(tokens[0], n_kv + pp, tg)))
+            yield Window(n_kv, prefill, decode)
 
 
 def depths_of(context: int, size: int, pp: int, tg: int) -> Sequence[int]:
@@ -189,7 +199,7 @@ def draw(windows: Sequence[Window], path: Path, title: str) -> None:
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     answer, prompt = figure.subplots(1, 2)
     for axes, name, measurements, depths in (
-        (answer, "decode", [w.decode for w in windows], [w.n_kv + w.prefill.tokens for w in windows]),
+        (answer, "decode", [w.decode for w in windows], [w.n_kv for w in windows]),
         (prompt, "prefill", [w.prefill for w in windows], [w.n_kv for w in windows]),
     ):
         parts = [[ms_per_token(m)[part] for m in measurements] for part in PARTS]
