@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,9 +24,9 @@ from numoe.engine.worker.kv_pool import F16, KvType
 @contextmanager
 def local_forward(
     path: Path, *, shards: int = 1, threads: int = 2, max_rows: int = 96, slots: int = 8, context: int = 512,
-    start_shards: bool = True, bound_s: float = 30.0, kv_type: KvType = F16,
+    absent: Collection[int] = (), late: list[ExpertShard] | None = None, bound_s: float = 30.0, kv_type: KvType = F16,
 ) -> Iterator[CpuForward]:  # fmt: skip
-    """A forward pass over the model at `path`."""
+    """A forward pass over the model at `path`; shards in `absent` are not started but added to `late`."""
     folder = shm.create_folder(f"test-{secrets.token_hex(4)}")
     gguf = GgufFile.open(path)
     config, running, mailbox = ModelConfig.from_gguf(gguf), [], None
@@ -38,9 +38,11 @@ def local_forward(
                 cut = ShardSlice(index, shards)
                 shard = ExpertShard(config, gguf, mailbox, cut, folder=folder, threads=threads, threads_on_host=99)
                 shard.load()
-                if start_shards:
+                running.append(shard)
+                if index not in absent:
                     shard.start()
-                    running.append(shard)
+                elif late is not None:
+                    late.append(shard)
         options = ForwardOptions(
             max_rows=max_rows, slots=slots, n_pages=slots * pages_for(context), context=context, threads=threads,
             threads_on_host=99, shard_bound_s=bound_s, kv_type=kv_type,

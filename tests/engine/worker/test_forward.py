@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -9,10 +10,15 @@ import numpy as np
 import pytest
 
 from numoe.engine.errors import UnavailableError, UnsupportedError
+from numoe.engine.experts.mailbox import HEARTBEAT
+from numoe.engine.experts.shard import ExpertShard
 from numoe.engine.gguf import GgufFile
 from numoe.engine.models.config import ModelConfig
 from numoe.engine.models.reference import reference_logits
+from numoe.engine.progress import Progress
+from numoe.engine.worker.forward import CpuForward, ForwardOptions
 from numoe.engine.worker.kv_pool import KvType
+from numoe.engine.worker.requirements import check_kernel_shapes
 from tests.engine.worker.local import batch, local_forward, sequence_logits
 from tests.models import WEIGHT_TYPES, make_model
 
@@ -29,24 +35,28 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("m") / "m.gguf", "qwen3moe", experts_type="Q4_K", attn_type="Q8_0")
 
 
+# Every expert is used, except in "routed": of models with many near ties, rounding would swap some.
+ALL_USED = {"n_experts": 4, "n_used": 4}
 F32_MODELS = {
-    "qwen3moe": ("qwen3moe", {}),
-    "llama-moe": ("llama-moe", {}),
+    "qwen3moe": ("qwen3moe", ALL_USED),
+    "qwen3moe, routed": ("qwen3moe", {"n_experts": 8, "n_used": 2}),
+    "llama-moe": ("llama-moe", ALL_USED),
+    "llama-moe, routed": ("llama-moe", {"n_experts": 8, "n_used": 2}),
     "llama": ("llama", {}),
     "tied": ("llama", {"tied": True}),
     "linear": ("llama", {"rope_scaling": "linear", "rope_factor": 4.0}),
-    "yarn": ("qwen3moe", {"rope_scaling": "yarn", "rope_factor": 4.0}),
-    "one kv head, in parts": ("llama-moe", {"kv_heads": 1, "splits": 3}),
-    "every head its own": ("llama-moe", {"heads": 4, "kv_heads": 4}),
+    "yarn": ("qwen3moe", {"rope_scaling": "yarn", "rope_factor": 4.0, **ALL_USED}),
+    "frequency factors": ("llama", {"frequency_factors": True}),
+    "one kv head, in parts": ("llama-moe", {"kv_heads": 1, "splits": 3, **ALL_USED}),
+    "every head its own": ("llama-moe", {"heads": 4, "kv_heads": 4, **ALL_USED}),
+    "odd sizes": ("qwen3moe", {"hidden": 96, "heads": 6, "head_dim": 48, "expert_ffn": 160, "vocab": 283, **ALL_USED}),
 }
 
 
 @pytest.mark.parametrize("name", F32_MODELS)
 def test_float_models_equal_the_float64_reference(name: str, tmp_path: Path) -> None:
     arch, options = F32_MODELS[name]
-    # Every expert is used, so that rounding the KV cache to float16 cannot swap two that nearly tie.
-    moe = {} if arch == "llama" else {"n_experts": 4, "n_used": 4}
-    path = make_model(tmp_path / "m.gguf", arch, **options, **moe)
+    path = make_model(tmp_path / "m.gguf", arch, **options)
     with GgufFile.open(path) as gguf, local_forward(path) as forward:
         want, found = reference_logits(gguf, TOKENS), sequence_logits(forward, TOKENS)
     assert nmse(found, want) <= 1e-6
@@ -136,12 +146,50 @@ def test_a_batch_may_be_run_again(model: Path) -> None:
         assert np.array_equal(forward.run(rows), first)
 
 
-def test_a_shard_that_does_not_answer_is_named_within_its_bound(model: Path) -> None:
-    with local_forward(model, shards=2, start_shards=False, bound_s=0.2) as forward:
+def test_a_late_shard_is_named_within_its_bound_and_the_step_can_be_run_again(model: Path) -> None:
+    late: list[ExpertShard] = []
+    with local_forward(model, shards=3) as whole:
+        want = sequence_logits(whole, TOKENS)
+    with local_forward(model, shards=3, absent={1}, late=late, bound_s=0.2) as forward:
+        for _ in range(3):
+            start = time.monotonic()
+            with pytest.raises(UnavailableError, match="shard 1"):
+                sequence_logits(forward, TOKENS)
+            assert 0.2 <= time.monotonic() - start < 5
+        late[0].start()
+        assert np.array_equal(sequence_logits(forward, TOKENS), want)
+
+
+def test_a_slow_shard_that_shows_signs_of_life_is_waited_for(model: Path) -> None:
+    with local_forward(model, shards=2, absent={1}, bound_s=0.2) as forward:
+        box = forward._mailbox
+        assert box is not None
+        reply = box.segment.array[box.layout.reply(1) :].view(np.uint32)
+
+        def work_slowly() -> None:
+            for _ in range(60):
+                reply[HEARTBEAT // 4] += 1
+                time.sleep(0.01)
+            reply[0] = 10  # the answer to this request and to those of the layers that follow
+
+        helper = threading.Thread(target=work_slowly)
+        helper.start()
         start = time.monotonic()
-        with pytest.raises(UnavailableError, match="shard 0"):
-            sequence_logits(forward, TOKENS[:4])
-        assert time.monotonic() - start < 5
+        sequence_logits(forward, TOKENS[:4])
+        assert time.monotonic() - start > 0.4
+        helper.join()
+
+
+def test_routed_experts_without_shards_are_refused(model: Path) -> None:
+    options = ForwardOptions(max_rows=8, slots=1, n_pages=2, context=512, threads=1, threads_on_host=1)
+    with GgufFile.open(model) as gguf, pytest.raises(UnavailableError, match="no expert shards"):
+        CpuForward(ModelConfig.from_gguf(gguf), gguf, None, options, Progress(1))
+
+
+def test_dimensions_that_kernels_cannot_take_are_named(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "m.gguf", "llama", hidden=120)
+    with GgufFile.open(path) as gguf, pytest.raises(UnsupportedError, match=r"embedding length is 120.*multiple of 32"):
+        check_kernel_shapes(ModelConfig.from_gguf(gguf))
 
 
 def test_the_time_of_a_step_is_accounted_for(model: Path) -> None:
