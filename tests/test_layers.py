@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +43,22 @@ def test_imports_point_downwards(folder: str) -> None:
     assert wrong == []
 
 
+def test_the_engine_runs_without_ray_and_grpc() -> None:
+    """Imported whole, in a process of its own, so that what its imports import counts as well."""
+    modules = [
+        "numoe." + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in sorted((ROOT / "engine").rglob("*.py"))
+    ]
+    script = f"import sys, {', '.join(modules)}; print(*({{'ray', 'grpc', 'google.protobuf'}} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout.strip()) == (0, ""), result.stderr
+
+
+def test_messages_import_nothing_of_ours() -> None:
+    for path in (ROOT / "proto").rglob("*.py"):
+        assert not [module for module in imports(path) if module.startswith("numoe.") and module != "numoe.v1"]
+
+
 def test_the_scheduler_knows_no_kernel() -> None:
     for path in (ROOT / "engine" / "scheduler").glob("*.py"):
         assert not [module for module in imports(path) if module.startswith(("numba", "numoe.engine.cpu"))]
@@ -51,6 +69,7 @@ def test_every_package_is_packaged() -> None:
     found = {
         "numoe." + ".".join(path.parent.relative_to(ROOT).parts)
         for folder in FOLDERS
-        for path in (ROOT / folder).rglob("__init__.py")
+        for path in (ROOT / folder).rglob("*.py")
     }
+    assert all((ROOT / folder.removeprefix("numoe.").replace(".", "/") / "__init__.py").is_file() for folder in found)
     assert packages == found | {"numoe.v1"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,13 @@ import pytest
 from numoe.cluster.plan import Plan, PlanOptions, check_memory, make_plan
 from numoe.cluster.topology import NumaNode, Topology, parse_cpu_list, read_topology
 from numoe.engine.errors import InputError, ResourceError
+from numoe.engine.experts.mailbox import Mailbox
+from numoe.engine.experts.shard import ExpertShard, ShardSlice
 from numoe.engine.gguf import GgufFile
 from numoe.engine.models.config import ModelConfig
+from numoe.engine.progress import Progress
+from numoe.engine.worker.kv_pool import KvPool
+from numoe.engine.worker.weights import DenseWeights, dense_tensor_names
 from tests.models import make_model
 
 TWO_NODES = Topology((NumaNode(0, (0, 1, 2), 1 << 30), NumaNode(1, (4, 5, 6), 1 << 30)))
@@ -25,9 +31,7 @@ def sysfs(root: Path, nodes: dict[int, str]) -> Path:
     return root
 
 
-@pytest.mark.parametrize(
-    ("text", "cpus"), [("0-3", [0, 1, 2, 3]), ("0,2-3,9", [0, 2, 3, 9]), ("", []), ("7", [7])]
-)
+@pytest.mark.parametrize(("text", "cpus"), [("0-3", [0, 1, 2, 3]), ("0,2-3,9", [0, 2, 3, 9]), ("", []), ("7", [7])])
 def test_cpu_lists(text: str, cpus: list[int]) -> None:
     assert parse_cpu_list(text) == cpus
 
@@ -90,6 +94,35 @@ def test_missing_memory_is_named(model: Path) -> None:
         check_memory(placed, available=placed.total_bytes - 500_000_000, shared=1 << 40)
     with pytest.raises(ResourceError, match=r"shared memory.*--shm-size"):
         check_memory(placed, available=1 << 40, shared=placed.shared_bytes - 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"attn_type": "Q8_0", "experts_type": "IQ4_XS", "embd_type": "Q6_K"}])
+def test_what_is_counted_is_what_is_allocated(tmp_path: Path, options: dict[str, str]) -> None:
+    path = make_model(tmp_path / "m.gguf", "qwen3moe", hidden=256, expert_ffn=256, vocab=283, **options)
+    placed = plan(path, shards=3, context=300, slots=2)
+    with GgufFile.open(path) as gguf:
+        config = ModelConfig.from_gguf(gguf)
+        loaded = Progress(placed.dense_bytes)
+        weights = DenseWeights(gguf, dense_tensor_names(gguf), 2, loaded)
+        mailbox = Mailbox.create(str(tmp_path / "mailbox"), placed.mailbox)
+        shards = [
+            ExpertShard(config, gguf, mailbox, ShardSlice(i, 3), folder=tmp_path, threads=1, threads_on_host=1)
+            for i in range(3)
+        ]
+    dense = [matrix.data for matrix in weights.matrices.values()] + list(weights.vectors.values())
+    assert placed.dense_bytes == sum(array.nbytes for array in dense)
+    assert [shard.nbytes for shard in placed.shards] == [shard.nbytes for shard in shards]
+    assert placed.shared_bytes == sum(file.stat().st_size for file in tmp_path.iterdir() if file != path)
+    assert placed.kv_bytes <= KvPool(config, placed.n_pages, placed.kv_type).data.nbytes <= placed.kv_bytes + 64
+    assert placed.n_pages == 4
+    assert placed.total_bytes == placed.dense_bytes + placed.kv_bytes + placed.shared_bytes
+
+
+def test_this_host_is_read() -> None:
+    """Every processor that this process may use belongs to exactly one node."""
+    nodes = read_topology().nodes
+    cpus = [cpu for node in nodes for cpu in node.cpus]
+    assert sorted(cpus) == sorted(os.sched_getaffinity(0))
 
 
 def test_a_dense_model_has_no_shards(tmp_path: Path) -> None:
