@@ -104,7 +104,7 @@ def test_an_idle_team_uses_no_processor() -> None:
         team.run(program.table(), step)
         start = time.process_time()
         time.sleep(0.5)
-        assert time.process_time() - start < 0.02
+        assert time.process_time() - start < 0.05
 
 
 def test_closing_ends_the_threads() -> None:

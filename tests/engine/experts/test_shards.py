@@ -31,7 +31,7 @@ from numoe.engine.gguf import GgufFile
 from numoe.engine.models.config import ModelConfig
 from tests.models import Weights, build_model
 
-HIDDEN, FFN, EXPERTS, USED, MAX_ROWS, LAYER = 256, 256, 5, 2, 40, 1
+HIDDEN, FFN, EXPERTS, USED, MAX_ROWS, LAYER = 256, 512, 5, 2, 40, 1
 # Of gate, up and down. The last mixes both kinds of activations, and cuts supers of 256 columns.
 TYPES = {"F32": ("F32",) * 3, "Q8_0": ("Q8_0",) * 3, "mixed": ("Q4_K", "F16", "IQ4_XS")}
 PARTS = ("gate", "up", "down")
@@ -42,7 +42,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     tiny = build_model("qwen3moe", n_experts=EXPERTS, n_used=USED, hidden=HIDDEN, expert_ffn=FFN)
     weights = Weights(5)
     for part, qtype in zip(PARTS, TYPES[request.param], strict=True):
-        data = weights.packed(qtype, (EXPERTS, FFN, HIDDEN), HIDDEN**-0.5)
+        shape = (EXPERTS, HIDDEN, FFN) if part == "down" else (EXPERTS, FFN, HIDDEN)
+        data = weights.packed(qtype, shape, shape[2] ** -0.5)
         tiny.tensors[f"blk.{LAYER}.ffn_{part}_exps.weight"] = (data, qtype)
     return tiny.write(tmp_path_factory.mktemp("m") / "m.gguf")
 
@@ -134,8 +135,8 @@ def case(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return rng.standard_normal((rows, HIDDEN)).astype(np.float32), ids, weights
 
 
-# With nine shards and eight blocks of 32 columns, one shard has nothing.
-@pytest.mark.parametrize("shards", [1, 2, 3, 9])
+# With 17 shards and 16 blocks of 32 columns, one shard has nothing; of three, one cuts across two supers.
+@pytest.mark.parametrize("shards", [1, 2, 3, 17])
 def test_partial_sums_add_up_to_the_mixture(model: Path, shards: int) -> None:
     with running(model, shards) as client:
         for rows in (1, 2, 13, MAX_ROWS):
@@ -179,7 +180,7 @@ def test_idle_shards_use_no_processor_and_show_that_they_live(model: Path) -> No
         beats = [client.heartbeat(shard) for shard in range(2)]
         start = time.process_time()
         time.sleep(0.5)
-        assert time.process_time() - start < 0.02
+        assert time.process_time() - start < 0.05
         assert all(client.heartbeat(shard) > before for shard, before in enumerate(beats))
 
 
