@@ -17,6 +17,7 @@ class AttentionActor:
 
     def __init__(self, plan: Plan, folder: str) -> None:
         self._plan, self._folder = plan, Path(folder)
+        self._pushes = 0
 
     def identity(self) -> Identity:
         """Who this process is."""
@@ -75,7 +76,8 @@ class AttentionActor:
     def _push(self, events: list[Event]) -> None:
         """One message per step, whatever the batch size; nothing waits for its arrival."""
         if self._gateway is not None:
-            self._gateway.deliver.remote(events)
+            self._gateway.deliver.remote(self._pushes, events)
+            self._pushes += 1
 
     def run(self) -> None:
         """Run steps until `stop`; while this is pending, the worker is alive."""

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from ray.exceptions import RayActorError, RayTaskError
 
 from numoe.actors.gateway.interfaces import ActorInfo, Limits, ModelInfo, ServerContext
+from numoe.actors.gateway.order import PushOrder
 from numoe.actors.gateway.server import GatewayServer, build_server
 from numoe.actors.gateway.streams import RequestStreams
 from numoe.actors.identity import Identity, identity
@@ -69,6 +70,7 @@ class GatewayActor:
     def __init__(self, plan: Plan, listen: str) -> None:
         self._plan, self._listen = plan, listen
         self._server: GatewayServer | None = None
+        self._order = PushOrder()
         limits = Limits()
         self._streams = RequestStreams(max_streams=limits.max_streams, backlog=limits.stream_backlog)
 
@@ -89,9 +91,10 @@ class GatewayActor:
         assert self._server is not None
         await self._server.set_ready()
 
-    async def deliver(self, events: Sequence[Event]) -> None:
-        """Route the events of one step."""
-        self._streams.deliver(events)
+    async def deliver(self, number: int, events: Sequence[Event]) -> None:
+        """Route the events of one step, the worker's push number `number`."""
+        for ready in self._order.accept(number, events):
+            self._streams.deliver(ready)
 
     async def drain(self, deadline_s: float) -> None:
         """Take no new requests and let the running ones finish."""

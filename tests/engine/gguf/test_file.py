@@ -93,11 +93,11 @@ def test_the_supported_types_are_the_documented_ones():
 
 def test_unsupported_weight_type_opens_but_does_not_load(tmp_path):
     model = models.build_model("llama", layers=1)
-    model.tensors["blk.0.attn_q.weight"] = (np.zeros((256, 8192 // 256 * 84), np.uint8), "Q2_K")
+    model.tensors["blk.0.attn_q.weight"] = (np.zeros((256, 8192 // 256 * 66), np.uint8), "IQ2_XXS")
     with GgufFile.open(model.write(tmp_path / "m.gguf")) as gguf:
-        assert gguf.tensors["blk.0.attn_q.weight"].qtype == GGMLQuantizationType.Q2_K
+        assert gguf.tensors["blk.0.attn_q.weight"].qtype == GGMLQuantizationType.IQ2_XXS
         gguf.check_weight_types(["output_norm.weight"])
-        with pytest.raises(UnsupportedError, match=r"blk\.0\.attn_q\.weight.*Q2_K.*Q8_0.*IQ4_XS"):
+        with pytest.raises(UnsupportedError, match=r"blk\.0\.attn_q\.weight.*IQ2_XXS.*Q8_0.*IQ4_XS"):
             gguf.check_weight_types()
 
 
