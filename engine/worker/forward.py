@@ -66,7 +66,7 @@ class ForwardOptions:
     context: int
     threads: int
     threads_on_host: int
-    shard_bound_s: float = 10.0
+    shard_bound_s: float = 5.0
     kv_type: KvType = F16
 
 
