@@ -205,7 +205,7 @@ class Supervisor:
         """Take the server down when an actor dies: it cannot answer without any of them."""
         runs = {member.run: member for member in self._members if member.run is not None}
         while runs and not self._outcome.ended.is_set():
-            done, _ = ray.wait(list(runs), timeout=0.5)
+            done, _ = ray.wait(list(runs), timeout=5.0)
             for reference in done:
                 member = runs.pop(reference)
                 if self._stopping.locked():

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import secrets
-import signal
+import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Self
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import psutil
 import ray
@@ -24,10 +24,12 @@ from numoe.actors.gateway.actor import GatewayActor
 from numoe.cluster.plan import Plan
 from numoe.cluster.status import LoadProgress
 from numoe.cluster.supervisor import NAMESPACE, ActorClasses, Supervisor
+from numoe.deploy.signals import StopSignals, kept_signal_handlers
+from numoe.engine import shm
 from numoe.engine.errors import NumoeError, UnavailableError
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_OWN_TEMP_DIR = f"{tempfile.gettempdir()}/numoe-ray-{os.getuid()}"
+_TEMP_PREFIX = f"{tempfile.gettempdir()}/numoe-ray-{os.getuid()}"
+_OWN_TEMP_DIR = f"{_TEMP_PREFIX}/{os.getpid()}"
 _OBJECT_STORE_BYTES = 128 << 20  # Ray's default is 30 % of memory, and lies where the weights lie
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -43,8 +45,28 @@ def start_ray() -> bool:
     """Join the running cluster, or start one on this host; whether it was started here."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    with _kept_signal_handlers():
+    with kept_signal_handlers():
         return _init_ray()
+
+
+def stop_ray() -> None:
+    """End the Ray that was started here, every process of it, and remove its session folder."""
+    ray.shutdown()
+    kill_ray()
+    shutil.rmtree(_OWN_TEMP_DIR, ignore_errors=True)
+
+
+def kill_ray() -> None:
+    """Kill what is left of the Ray that this process started: its agents outlive it by many seconds."""
+    left = [process for process in psutil.process_iter(["cmdline"]) if _is_ours(process.info["cmdline"] or ())]
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=5.0)
+
+
+def _is_ours(command: Sequence[str]) -> bool:
+    return any(_OWN_TEMP_DIR + "/" in word or word.endswith(_OWN_TEMP_DIR) for word in command)
 
 
 def _init_ray() -> bool:
@@ -73,17 +95,24 @@ def _init_ray() -> bool:
 
 
 def _running_cluster() -> str:
-    """The address of a Ray cluster with a node on this host, empty if there is none.
+    """How to reach a Ray cluster with a node on this host, empty if there is none.
 
     One that another numoe started for itself does not count: it goes when that one does.
     """
+    shared, private = "", False
     for process in psutil.process_iter(["name", "cmdline"]):
         if process.info["name"] == "raylet":
             command = " ".join(process.info["cmdline"] or ())
             found = re.search(r"--gcs-address=(\S+)", command)
-            if found and f"--temp_dir={_OWN_TEMP_DIR}" not in command:
-                return found.group(1)
-    return ""
+            if f"--temp_dir={_TEMP_PREFIX}" in command:
+                private = True
+            elif found:
+                shared = found.group(1)
+    if shared and private:
+        # Ray's "auto" might take the private one, and by address it does not look for the cluster's token.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        return shared
+    return "auto" if shared else ""
 
 
 class Server:
@@ -96,6 +125,7 @@ class Server:
         options = {"name": f"supervisor-{self._instance}", "lifetime": "detached", "num_cpus": 0, "max_concurrency": 16}
         self.supervisor: Any = ray.remote(Supervisor).options(**options).remote(self._instance, plan, classes, listen)
         self._launched = self.supervisor.launch.remote()
+        StopSignals.last_words.append(self._remove_memory)
 
     def loading(self) -> Iterator[list[LoadProgress]]:
         """The progress of each actor, a few times a second, until the server is up; then returns.
@@ -103,21 +133,21 @@ class Server:
         Raises the error that kept it from coming up.
         """
         while not ray.wait([self._launched], timeout=0.2)[0]:
-            yield _unwrap(self.supervisor.progress.remote())
-        self.address: str = _unwrap(self._launched)
-        yield _unwrap(self.supervisor.progress.remote())
+            yield unwrap(self.supervisor.progress.remote())
+        self.address: str = unwrap(self._launched)
+        yield unwrap(self.supervisor.progress.remote())
 
     def wait(self, stop: threading.Event) -> str:
         """Block until the server is down or `stop` is set; why it is down, empty if it was told to stop."""
         ended = self.supervisor.wait.remote()
         while not stop.is_set():
-            if ray.wait([ended], timeout=0.25)[0]:
-                return str(_unwrap(ended))
+            if ray.wait([ended], timeout=1.0)[0]:
+                return str(unwrap(ended))
         return ""
 
     def worker(self) -> Any:
         """The attention worker's handle."""
-        return _unwrap(self.supervisor.worker.remote())
+        return unwrap(self.supervisor.worker.remote())
 
     def close(self, drain_s: float = 0.0) -> None:
         """Take everything down, after running requests had `drain_s` seconds."""
@@ -127,60 +157,22 @@ class Server:
             ray.wait([ended], timeout=drain_s + 30.0)
             ray.kill(self.supervisor)
         except RayError:
-            return
+            pass
+        finally:
+            self._remove_memory()
+
+    def _remove_memory(self) -> None:
+        """Remove the shared memory, also where the supervisor is not there any more to do it."""
+        shm.remove_folder(shm.ROOT / self._instance)
 
 
-def _unwrap(reference: Any) -> Any:
+def unwrap(reference: Any) -> Any:
+    """ray.get with numoe's own errors as they were raised; others become UnavailableError."""
     try:
         return ray.get(reference)
     except RayError as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, NumoeError):
             raise cause from None
-        raise UnavailableError(f"the supervisor failed: {cause or error}") from error
-
-
-class StopSignals:
-    """Ctrl-C and SIGTERM inside a `with` block.
-
-    While the server starts they raise KeyboardInterrupt, so that whatever has begun is undone;
-    after `started` they set the event `stop`. A second signal ends the process at once.
-    """
-
-    def __init__(self) -> None:
-        self.stop = threading.Event()
-        self._raising, self._seen = True, False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        for number in _STOP_SIGNALS:
-            self._before[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def started(self) -> None:
-        """Set the event from now on."""
-        self._raising = False
-
-    def _on_signal(self, number: int, _frame: Any) -> None:
-        if self._seen:
-            os._exit(128 + number)
-        self._seen = True
-        self.stop.set()
-        if self._raising:
-            raise KeyboardInterrupt
-
-
-@contextmanager
-def _kept_signal_handlers() -> Iterator[None]:
-    """Put the handlers back that Ray replaces when it starts, also below Python."""
-    handlers = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        what = str(cause or error).strip().splitlines()[0]
+        raise UnavailableError(f"an actor failed ({what}); its log is in Ray's session folder") from error

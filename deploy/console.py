@@ -24,6 +24,6 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("numoe: interrupted", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
-    except NumoeError as error:
+    except (NumoeError, OSError) as error:
         print(f"numoe: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None

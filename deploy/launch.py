@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import ray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
@@ -17,7 +16,7 @@ from numoe.actors.gateway.listen import parse_listen, require_free
 from numoe.cluster.plan import Plan, PlanOptions, check_memory, make_plan
 from numoe.cluster.status import LoadProgress
 from numoe.cluster.topology import read_topology
-from numoe.deploy.cluster import Server, start_ray
+from numoe.deploy.cluster import Server, start_ray, stop_ray
 from numoe.deploy.kernels import KernelBuild
 from numoe.engine import shm
 from numoe.engine.gguf import GgufFile
@@ -52,8 +51,9 @@ def running_server(path: str | Path, options: PlanOptions, listen: str | None) -
     try:
         if listen is not None:
             server_context(plan)  # a tokenizer or template that is broken ends it here
-        started_here = start_ray()
+        started_here = True
         try:
+            started_here = start_ray()
             _show_compiling(build)
             server = Server(plan, listen)
             _show_loading(server)
@@ -62,7 +62,7 @@ def running_server(path: str | Path, options: PlanOptions, listen: str | None) -
             if server is not None:
                 server.close()
             if started_here:
-                ray.shutdown()
+                stop_ray()
     finally:
         build.cancel()
 

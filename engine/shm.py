@@ -1,4 +1,4 @@
-"""Named shared memory under /dev/shm/numoe: one folder an instance, private to its user."""
+"""Named shared memory under /dev/shm/numoe-UID: one folder an instance, private to its user."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import psutil
 
 from numoe.engine.errors import ResourceError, UnavailableError
 
-ROOT = Path("/dev/shm/numoe")  # noqa: S108 - shared memory is what this is for
+ROOT = Path(f"/dev/shm/numoe-{os.getuid()}")  # noqa: S108 - shared memory is what this is for
 _OWNER_FILE = "owner"
 _UNSIGNED_SECONDS = 30.0
 

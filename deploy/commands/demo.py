@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from numoe.deploy.answers import Answer, read_answer
 from numoe.deploy.client import Client
 from numoe.deploy.console import one_line_errors
+from numoe.deploy.signals import StopSignals
+from numoe.engine.errors import InputError
 from numoe.v1 import chat_pb2
 from numoe.v1 import generation_pb2 as pb
 
@@ -42,7 +44,9 @@ def demo(
         Expert shards: "auto" is one for each NUMA node.
 
     """
-    with one_line_errors():
+    with one_line_errors(), StopSignals():
+        if max_tokens < 1:
+            raise InputError(f"--max-tokens {max_tokens} is not possible: give at least 1")
         from numoe.cluster.plan import PlanOptions
         from numoe.deploy.commands.serve import parse_shards
         from numoe.deploy.launch import running_server

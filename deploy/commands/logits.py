@@ -7,6 +7,7 @@ from pathlib import Path
 
 from numoe.deploy.commands.serve import parse_shards
 from numoe.deploy.console import one_line_errors
+from numoe.deploy.signals import StopSignals
 from numoe.engine.errors import InputError
 
 _ROWS_AT_ONCE = 64
@@ -34,21 +35,23 @@ def logits(
         Tokens of a step.
 
     """
-    with one_line_errors():
+    with one_line_errors(), StopSignals():
         import numpy as np
-        import ray
 
         from numoe.cluster.plan import PlanOptions
+        from numoe.deploy.cluster import unwrap
         from numoe.deploy.launch import running_server
 
         tokens = _read_tokens(tokens_file)
+        if not out.parent.is_dir():
+            raise InputError(f"--out {out}: there is no folder {out.parent}; make it first")
         options = PlanOptions(
             context=len(tokens), slots=1, threads=threads, shards=parse_shards(shards), chunk=min(chunk, len(tokens))
         )
         with running_server(model, options, None) as server:
             worker, parts = server.worker(), []
-            ray.get(worker.begin_logits.remote(tokens, options.chunk))
-            while (part := ray.get(worker.next_logits.remote())) is not None:
+            unwrap(worker.begin_logits.remote(tokens, options.chunk))
+            while (part := unwrap(worker.next_logits.remote())) is not None:
                 parts.append(np.array(part))
         with out.open("wb") as file:
             np.savez(file, tokens=np.array(tokens, np.int32), logits=np.concatenate(parts))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 from numoe.deploy.client import DEFAULT_ADDRESS
 from numoe.deploy.console import one_line_errors
+from numoe.deploy.signals import StopSignals
 from numoe.engine.errors import InputError, UnavailableError
 
 DRAIN_S = 30.0
@@ -50,25 +53,33 @@ def serve(
         Type of the values in the KV cache, likewise.
 
     """
-    with one_line_errors():
-        from numoe.cluster.plan import PlanOptions
-        from numoe.deploy.cluster import StopSignals
-        from numoe.deploy.launch import running_server
-        from numoe.engine.worker.kv_pool import KvType
-
-        options = PlanOptions(
-            context=ctx_size, slots=parallel, threads=threads, shards=parse_shards(shards), chunk=chunk, queue=queue,
-            kv_type=KvType(cache_type_k, cache_type_v),
-        )  # fmt: skip
-        with StopSignals() as signals, running_server(model, options, listen) as server:
-            signals.started()
-            print(f"numoe serves {server.plan.model} at {server.address} (Ctrl-C stops it)", flush=True)
-            why = server.wait(signals.stop)
-            if signals.stop.is_set():
-                server.close(DRAIN_S)
-            if why:
-                raise UnavailableError(why)
+    with one_line_errors(), StopSignals() as signals:
+        try:
+            _serve(signals, model, listen, {
+                "context": ctx_size, "slots": parallel, "threads": threads, "shards": parse_shards(shards),
+                "chunk": chunk, "queue": queue,
+            }, (cache_type_k, cache_type_v))  # fmt: skip
+        except KeyboardInterrupt:
+            print("numoe: stopped while starting", file=sys.stderr)
     return 0
+
+
+def _serve(
+    signals: StopSignals, model: str, listen: str, numbers: dict[str, int | None], cache_types: tuple[str, str]
+) -> None:
+    from numoe.cluster.plan import PlanOptions
+    from numoe.deploy.launch import running_server
+    from numoe.engine.worker.kv_pool import KvType
+
+    options = PlanOptions(**numbers, kv_type=KvType(*cache_types))
+    with running_server(model, options, listen) as server:
+        signals.started()
+        print(f"numoe serves {server.plan.model} at {server.address} (Ctrl-C stops it)", flush=True)
+        why = server.wait(signals.stop)
+        if signals.stop.is_set():
+            server.close(DRAIN_S)
+        if why:
+            raise UnavailableError(why)
 
 
 def parse_shards(text: str) -> int | None:

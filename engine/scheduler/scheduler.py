@@ -76,7 +76,7 @@ class Scheduler:
         """
         if len(self._waiting) >= self.config.queue_limit + self._slots.count(None):
             raise ResourceError(
-                f"{len(self._waiting)} requests wait already, the limit of the queue: try again later"
+                f"the queue is full: {self.config.queue_limit} requests wait already (--queue); try again later"
             )
         if not request.token_ids or request.max_tokens < 1:
             raise InputError("a request needs at least one prompt token and max_tokens of at least 1")

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import psutil
 
+from numoe.engine import shm
+
 NUMOE = str(Path(sysconfig.get_path("scripts")) / "numoe")
-SHM = Path("/dev/shm/numoe")
+SHM = shm.ROOT
 STARTED = re.compile(r"at ([\d.]+:\d+) ")
 
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import grpc
@@ -38,6 +39,24 @@ def test_numoe_stop_ends_the_server(tiny_model: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert server.stop()[0] == 0
     assert server.left_over() == []
+
+
+def test_two_servers_do_not_know_each_other(tiny_model: Path) -> None:
+    first, second = ServeProcess(tiny_model), ServeProcess(tiny_model)
+    assert first.stop()[0] == 0
+    assert second.generate("hello", "--max-tokens", 3, "--temperature", 0)["token_ids"]
+    assert second.stop()[0] == 0
+    assert second.left_over() == []
+
+
+def test_a_signal_while_starting_undoes_what_has_begun(tiny_model: Path) -> None:
+    process = subprocess.Popen([NUMOE, "serve", str(tiny_model), "--listen", "127.0.0.1:0"], stderr=subprocess.PIPE)
+    time.sleep(3)
+    pids = {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert not [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.mark.parametrize("role", ["expert", "attention"])

@@ -140,8 +140,8 @@ def _server(
         yield address or ""
         return
     from numoe.cluster.plan import PlanOptions
-    from numoe.deploy.cluster import StopSignals
     from numoe.deploy.launch import running_server
+    from numoe.deploy.signals import StopSignals
 
     options = PlanOptions(context=context, slots=slots, threads=threads, shards=parse_shards(shards))
     with StopSignals(), running_server(model, options, "127.0.0.1:0") as server:

@@ -98,7 +98,7 @@ def sweep(
     """
     with one_line_errors():
         from numoe.cluster.plan import PlanOptions
-        from numoe.deploy.cluster import StopSignals
+        from numoe.deploy.signals import StopSignals
         from numoe.engine.worker.kv_pool import KvType
 
         for flag, value in (("--pp", pp), ("--tg", tg)):

@@ -1,0 +1,68 @@
+"""Ctrl-C and SIGTERM, from the first import to the last clean-up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM inside a `with` block.
+
+    While the server starts they raise KeyboardInterrupt, so that whatever has begun is undone;
+    after `started` they set the event `stop`. A second signal ends the process at once, after the
+    functions in `last_words` have been called.
+    """
+
+    last_words: list[Callable[[], None]] = []  # noqa: RUF012 - the process' own, like its signals
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self._raising, self._seen = True, False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in STOP_SIGNALS:
+            self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def started(self) -> None:
+        """Set the event from now on."""
+        self._raising = False
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        if self._seen:
+            for function in self.last_words:
+                function()
+            os._exit(128 + number)
+        self._seen = True
+        self.stop.set()
+        if self._raising:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def kept_signal_handlers() -> Iterator[None]:
+    """Put the handlers back that Ray replaces when it starts, also below Python.
+
+    Ray's own SIGTERM handler exits; until ours is back that counts as an interruption too.
+    """
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
