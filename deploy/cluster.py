@@ -37,6 +37,7 @@ _QUIET = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_event_stats": "0",
+    "RAY_memory_monitor_refresh_ms": "0",  # else Ray kills actors where weights fill the memory, as they should
     "RAY_worker_niceness": "0",  # 15 by default: below everything else on the host
 }
 
