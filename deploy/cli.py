@@ -40,6 +40,6 @@ def main() -> None:
         reason = " ".join(str(error).split())
         if isinstance(error, UnusedCliTokensError):  # a prompt may begin with a hyphen, so this may be an option
             reason = f"too many arguments, or an unknown option, in: {' '.join(sys.argv[1:])}"
-        print(f"numoe: {reason} (see `numoe {' '.join(error.command_chain or ())} --help`)", file=sys.stderr)
+        print(f"numoe: {reason} (see `{' '.join(('numoe', *(error.command_chain or ())))} --help`)", file=sys.stderr)
         code = WRONG_USAGE
     sys.exit(code)

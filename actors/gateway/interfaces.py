@@ -4,26 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
-import msgspec
-
+from numoe.cluster.status import ActorInfo
 from numoe.engine.requests import GenerationRequest, WorkerStatus
 from numoe.engine.text import Tokenizer
-
-ActorRole = Literal["gateway", "attention", "expert", "supervisor"]
-ActorState = Literal["starting", "running", "restarting", "draining", "dead"]
-
-
-class ActorInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """One process of the server; `numa_node` is None where it is bound to none."""
-
-    role: ActorRole
-    pid: int
-    host: str
-    numa_node: int | None = None
-    state: ActorState = "running"
-    restarts: int = 0
 
 
 class EngineClient(Protocol):
