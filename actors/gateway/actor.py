@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 
 from ray.exceptions import RayActorError, RayTaskError
 
-from numoe.actors.gateway.interfaces import ActorInfo, Limits, ModelInfo, ServerContext
+from numoe.actors.gateway.interfaces import Limits, ModelInfo, ServerContext
 from numoe.actors.gateway.order import PushOrder
 from numoe.actors.gateway.server import GatewayServer, build_server
 from numoe.actors.gateway.streams import RequestStreams
 from numoe.actors.identity import Identity, identity
 from numoe.cluster.plan import Plan
+from numoe.cluster.status import ActorInfo
 from numoe.engine.errors import NumoeError, UnavailableError
 from numoe.engine.gguf import GgufFile
 from numoe.engine.models.config import ModelConfig

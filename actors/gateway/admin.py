@@ -11,10 +11,11 @@ from typing import Any
 import grpc
 
 from numoe.actors.gateway.errors import BadRequestError, Violation, answers_errors
-from numoe.actors.gateway.interfaces import ActorInfo, EngineClient, ServerContext
+from numoe.actors.gateway.interfaces import EngineClient, ServerContext
 from numoe.actors.gateway.lifecycle import Lifecycle
 from numoe.actors.gateway.model import model_message
 from numoe.actors.gateway.streams import RequestStreams
+from numoe.cluster.status import ActorInfo
 from numoe.engine.errors import UnavailableError
 from numoe.engine.requests import WorkerStatus
 from numoe.v1 import admin_pb2 as pb
