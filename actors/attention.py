@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -116,7 +115,3 @@ class AttentionActor:
         self._engine.stop()
         if self._mailbox is not None:
             self._mailbox.stop_shards()
-
-    def terminate(self) -> None:
-        """Leave at once."""
-        os._exit(0)

@@ -2,7 +2,7 @@
 
 A named, detached Ray actor. It is given the actor classes, so that it knows only their lifecycle:
 a cheap constructor, `initialize`, a long-running `run` whose pending reference is the sign of life,
-`identity`, `progress` and `terminate`.
+`identity` and `progress`.
 """
 
 from __future__ import annotations
