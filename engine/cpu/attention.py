@@ -4,7 +4,7 @@ A page holds 256 tokens of every layer and KV head. For one head, keys then valu
 either float16:
 
     keys    [16 blocks, head_dim, 16 tokens]: a vector holds one dimension of sixteen tokens
-    values  [256 tokens, head_dim]
+    values  [head_dim / 16, 256 tokens, 16 dimensions]: both are read from front to end
 
 or 8-bit (`kv_cells.py`), in the layout of packed Q8_0 weights, so that scores and weighted sums are
 products like any other.
@@ -32,6 +32,9 @@ from numoe.engine.kv.pages import PAGE_TOKENS
 
 STATE_FLOATS = 16
 """Floats after a head's accumulator: its maximum, its sum, and padding."""
+LEAST_EXPONENT = -60.0
+PREFETCH_BYTES = 4096
+"""How far ahead of its use a key or value is fetched: memory's latency at a core's share of the bandwidth."""
 
 
 # Record of attend and attend_merge.
@@ -124,8 +127,11 @@ def _scores_of(acc: Any, queries: int, dim: int, keys: int, blocks: int, out: in
     x = tile.tile_pointers(acc, queries)
     for block in range(blocks):
         total = acc
-        for i in range(dim):
-            total = tile.tile_float(total, v.load_f16(keys + 32 * (block * dim + i)), x, i)
+        for i in range(0, dim, 2):
+            at = keys + 32 * (block * dim + i)
+            v.prefetch(at + PREFETCH_BYTES)
+            total = tile.tile_float(total, v.load_f16(at), x, i)
+            total = tile.tile_float(total, v.load_f16(at + 32), x, i + 1)
         tile.tile_store(total, out + 64 * block, SCORES_STRIDE)
 
 
@@ -133,16 +139,22 @@ def _scores_of(acc: Any, queries: int, dim: int, keys: int, blocks: int, out: in
 def _values_of(acc: Any, weights: int, dim: int, values: int, tokens: int, out: int, stride: int) -> None:
     """Sums of values weighted by as many heads' softmax weights as `acc` has accumulators."""
     x = tile.tile_pointers(acc, weights)
-    for i in range(0, dim, 16):
-        total = acc
+    for part in range(dim // 16):
+        total, at = acc, values + 32 * PAGE_TOKENS * part
         for token in range(tokens):
-            total = tile.tile_float(total, v.load_f16(values + 2 * (token * dim + i)), x, token)
-        tile.tile_store(total, out + 4 * i, stride)
+            if token % 2 == 0:
+                v.prefetch(at + 32 * token + PREFETCH_BYTES)
+            total = tile.tile_float(total, v.load_f16(at + 32 * token), x, token)
+        tile.tile_store(total, out + 64 * part, stride)
 
 
 @inline
 def _softmax_weights(scores: int, tokens: int, scale: float, state: int) -> None:
-    """Scores to exp(scale * score - maximum) in place; maximum and sum to `state`."""
+    """Scores to exp(scale * score - maximum) in place; maximum and sum to `state`.
+
+    No exponent is below LEAST_EXPONENT: such a weight changes nothing, and its products with small
+    values would be denormal numbers, which take processors a hundred times as long.
+    """
     blocks = (tokens + 15) // 16
     largest = v.splat_f32(np.float32(-np.inf))
     for block in range(blocks):
@@ -156,7 +168,7 @@ def _softmax_weights(scores: int, tokens: int, scale: float, state: int) -> None
     total = v.splat_f32(np.float32(0.0))
     for block in range(blocks):
         at = scores + 64 * block
-        weight = exp(v.sub(v.load_f32(at), v.splat_f32(maximum)))
+        weight = exp(v.maximum(v.sub(v.load_f32(at), v.splat_f32(maximum)), v.splat_f32(LEAST_EXPONENT)))
         weight = v.fill_from_lane(weight, np.int32(tokens - 16 * block), np.float32(0.0))
         v.store_f32(at, weight)
         total = v.add(total, weight)
@@ -235,7 +247,8 @@ def _merge(total: int, part: int, dim: int) -> None:
     """Fold one page's result for one head into the running result."""
     old, new = v.load_scalar_f32(total + 4 * dim), v.load_scalar_f32(part + 4 * dim)
     maximum = max(old, new)
-    a, b = exp(v.splat_f32(old - maximum)), exp(v.splat_f32(new - maximum))
+    least = np.float32(LEAST_EXPONENT)
+    a, b = exp(v.splat_f32(max(old - maximum, least))), exp(v.splat_f32(max(new - maximum, least)))
     for i in range(0, 4 * dim, 64):
         v.store_f32(total + i, v.fma(v.load_f32(total + i), a, v.mul(v.load_f32(part + i), b)))
     sums = v.load_scalar_f32(total + 4 * dim + 4), v.load_scalar_f32(part + 4 * dim + 4)

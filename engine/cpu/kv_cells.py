@@ -12,12 +12,13 @@ matrix' own scales are one. The float16 scales of the 256 values follow the code
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 
 from numoe.engine.cpu import simd as v
 from numoe.engine.cpu.memory import inline
-from numoe.engine.cpu.rows import quantize_block
 from numoe.engine.cpu.sync import call_product
 from numoe.engine.cpu.tile import META_BYTES
 from numoe.engine.kv.pages import PAGE_TOKENS
@@ -41,7 +42,7 @@ def append_f16(place: int, is_value: int, token: int, dim: int, x: int) -> None:
     """Write one token's key or value, float32 [dim] at `x`, as float16."""
     if is_value:
         for i in range(0, dim, 16):
-            v.store_f16(place + 2 * (token * dim + i), v.load_f32(x + 4 * i))
+            v.store_f16(place + 2 * (PAGE_TOKENS * i + 16 * token), v.load_f32(x + 4 * i))
     else:
         keys = place + token // 16 * 32 * dim + 2 * (token % 16)
         for i in range(dim):
@@ -108,6 +109,19 @@ def q8_scores(product: int, queries: int, heads: int, dim: int, keys: int, block
         call_product(product, w, dim // 32, 0, queries, heads, scores + 64 * block, SCORES_STRIDE)
 
 
+@inline
+def _quantize_weights(a: Any, b: Any, codes: int, meta: int) -> None:
+    """As `quantize_block`, for 32 numbers that are not negative, and with the sum of all codes only."""
+    largest = v.max_f32(v.maximum(a, b))
+    inverse = np.float32(127.0) / largest if largest > np.float32(0.0) else np.float32(0.0)
+    qa = v.round_to_i32(v.mul(a, v.splat_f32(inverse)))
+    qb = v.round_to_i32(v.mul(b, v.splat_f32(inverse)))
+    v.store_i32_as_s8(codes, qa)
+    v.store_i32_as_s8(codes + 16, qb)
+    v.store_scalar_f32(meta, largest * np.float32(1.0 / 127.0))
+    v.store_scalar_i32(meta + 4, v.sum_i32(v.add_i32(qa, qb)))
+
+
 @njit(nogil=True, error_model="numpy")
 def q8_values(
     product: int, weights: int, heads: int, dim: int, values: int, tokens: int,
@@ -128,7 +142,7 @@ def q8_values(
             # What lies beyond the last token was never written.
             first = v.fill_from_lane(first, left, np.float32(0.0))
             second = v.fill_from_lane(second, np.int32(left - 16), np.float32(0.0))
-            quantize_block(first, second, row + 32 * block, row + 32 * blocks + META_BYTES * block)
+            _quantize_weights(first, second, row + 32 * block, row + 32 * blocks + META_BYTES * block)
     for group in range(dim // 16):
         w = values + group * _COLUMNS * _TILE
         call_product(product, w, blocks, 0, pointers, heads, out + 64 * group, stride)

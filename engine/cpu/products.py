@@ -17,8 +17,11 @@ from numoe.engine.cpu import simd as v
 from numoe.engine.cpu.blocks import block_product, block_unpack
 from numoe.engine.formats.layouts import packed_format
 
-TILE_ROWS = 12 if ISA == "avx512" else 4
-"""Activation rows of the largest register tile: as many as leave no register spilled."""
+TILE_ROWS = (12, 4) if ISA == "avx512" else (4, 2)
+"""Activation rows of register tiles: as many as leave no register spilled, and for the rest of them.
+
+What then remains goes one by one. A group of eight query heads, or eight streams, are two passes.
+"""
 
 product_signature = types.void(*[types.intp] * 7)
 unpack_signature = types.void(*[types.intp] * 5)
@@ -53,7 +56,7 @@ def product_kernel(qtype: QuantType) -> Any:
     first at `phase` in its super, with `n` activation rows whose addresses are int64 at `rows`, and
     writes float32 [n, 16] at `out`, `stride` bytes from row to row.
     """
-    form, many = packed_format(qtype), TILE_ROWS
+    form, (many, some) = packed_format(qtype), TILE_ROWS
     name, tile_bytes, super_bytes, super_blocks = form.name, form.tile_bytes, form.super_bytes, form.super_blocks
 
     @cfunc(product_signature, nopython=True, cache=True, error_model="numpy")
@@ -65,12 +68,12 @@ def product_kernel(qtype: QuantType) -> Any:
                 w, blocks, phase, rows + 8 * i, out + i * stride, stride,
             )  # fmt: skip
             i += many
-        while n - i >= 3:
+        while n - i >= some:
             _run_tile(
-                name, tile.tile_zero(3), tile_bytes, super_bytes, super_blocks,
+                name, tile.tile_zero(some), tile_bytes, super_bytes, super_blocks,
                 w, blocks, phase, rows + 8 * i, out + i * stride, stride,
             )  # fmt: skip
-            i += 3
+            i += some
         while n - i >= 1:
             _run_tile(
                 name, tile.tile_zero(1), tile_bytes, super_bytes, super_blocks,

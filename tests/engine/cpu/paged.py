@@ -65,10 +65,10 @@ class Cache:
         self.memory.view(np.float16)[:] = np.nan
 
     def head(self, slot: int, page: int, kv_head: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys [16, dim, 16] and values [256, dim] of one head of a sequence's page, float16 both."""
+        """Keys [16, dim, 16] and values [256, dim / 16, 16] of one head of a sequence's page, float16 both."""
         at = self.tables[slot, page] * self.page_bytes + kv_head * self.head_bytes
         keys, values = np.split(self.memory[at : at + self.head_bytes].view(np.float16), 2)
-        return keys.reshape(16, self.dim, 16), values.reshape(PAGE_TOKENS, self.dim)
+        return keys.reshape(16, self.dim, 16), values.reshape(-1, PAGE_TOKENS, 16).swapaxes(0, 1)
 
     def tokens(self, slot: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """The first keys and values of a sequence, float64 [length, KV heads, dim] each."""
@@ -77,7 +77,7 @@ class Cache:
         for token, kv_head in np.ndindex(length, self.kv_heads):
             k, v = self.head(slot, token // PAGE_TOKENS, kv_head)
             at = token % PAGE_TOKENS
-            keys[token, kv_head], values[token, kv_head] = k[at // 16, :, at % 16], v[at]
+            keys[token, kv_head], values[token, kv_head] = k[at // 16, :, at % 16], v[at].ravel()
         return keys, values
 
     def fill(self, slot: int, length: int, rng: np.random.Generator) -> None:
@@ -85,7 +85,7 @@ class Cache:
         for page, kv_head in np.ndindex(pages_for(length), self.kv_heads):
             keys, values = self.head(slot, page, kv_head)
             here = min(PAGE_TOKENS, length - page * PAGE_TOKENS)
-            values[:here] = rng.standard_normal((here, self.dim))
+            values[:here] = rng.standard_normal((here, self.dim)).reshape(here, -1, 16)
             for token in range(here):
                 keys[token // 16, :, token % 16] = rng.standard_normal(self.dim)
 
