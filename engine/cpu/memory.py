@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from numba import njit
 from numoe.engine.cpu import simd as v
 
 inline = njit(nogil=True, error_model="numpy", forceinline=True)
+_Element = TypeVar("_Element", bound=np.generic)
 ALIGNMENT = 64
 """Bytes: a cache line, and a vector."""
 
@@ -42,7 +43,7 @@ def set_field(record: int, index: int, value: int) -> None:
 def record(values: Sequence[int | float]) -> npt.NDArray[np.int64]:
     """An int64 record; floats are stored as float32 in the low half."""
     fields = [struct.unpack("<i", struct.pack("<f", x))[0] if isinstance(x, float) else int(x) for x in values]
-    return np.array(fields, np.int64)
+    return aligned_copy(np.array(fields, np.int64))
 
 
 def align(nbytes: int, to: int = ALIGNMENT) -> int:
@@ -51,10 +52,21 @@ def align(nbytes: int, to: int = ALIGNMENT) -> int:
 
 
 def aligned_bytes(nbytes: int, alignment: int = ALIGNMENT) -> npt.NDArray[np.uint8]:
-    """Zeroed uint8 [nbytes] whose address is a multiple of `alignment`."""
+    """Zeroed uint8 [nbytes] whose address is a multiple of `alignment`.
+
+    Everything of ours that kernels read or write comes from here, or lies in shared memory. Large
+    arrays take up no memory before they are written.
+    """
     raw = np.zeros(nbytes + alignment, np.uint8)
     start = -raw.ctypes.data % alignment
     return raw[start : start + nbytes]
+
+
+def aligned_copy(values: npt.NDArray[_Element]) -> npt.NDArray[_Element]:
+    """A contiguous copy of an array in memory from `aligned_bytes`."""
+    out = aligned_bytes(values.nbytes).view(values.dtype).reshape(values.shape)
+    out[...] = values
+    return out
 
 
 def address(array: npt.NDArray[Any]) -> int:

@@ -17,7 +17,7 @@ from numba import cfunc, types
 from numba.extending import overload
 
 from numoe.engine.cpu import simd as v
-from numoe.engine.cpu.memory import address, inline
+from numoe.engine.cpu.memory import address, aligned_bytes, inline
 from numoe.engine.formats.layouts import packed_format
 from numoe.engine.formats.pack import shape_of
 
@@ -316,7 +316,7 @@ def pack(
     shape = shape_of(qtype, rows, row_bytes // file_bytes * file_block, block_range)
     if not raw.flags.c_contiguous or out.nbytes != shape.nbytes:
         raise ValueError(f"cannot pack rows of {row_bytes} bytes into {out.nbytes}: {shape.nbytes} are needed")
-    zeros = np.zeros(row_bytes, np.uint8)
+    zeros = aligned_bytes(row_bytes)
     first = block_range[0] if block_range else 0
     pack_kernel(qtype).ctypes(
         address(raw), row_bytes, rows, shape.groups, first, shape.blocks, shape.phase, address(out), address(zeros)

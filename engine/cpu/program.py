@@ -111,4 +111,4 @@ class Program:
     def table(self) -> npt.NDArray[np.int64]:
         """The operations, int64 [count, 4]; the program itself must outlive it."""
         self.operations[-1][_BARRIER] = self.operations[-1][_BARRIER] or 1
-        return np.stack(self.operations)
+        return memory.aligned_copy(np.stack(self.operations))

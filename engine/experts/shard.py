@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from numoe.engine.cpu.memory import address, align, aligned_bytes, record
+from numoe.engine.cpu.memory import address, align, aligned_bytes, aligned_copy, record
 from numoe.engine.cpu.packing import pack
 from numoe.engine.cpu.products import product_kernel
 from numoe.engine.cpu.rows import activation_bytes
@@ -147,7 +147,7 @@ class ExpertShard:
                     kernel, base + m.offset, m.shape.nbytes, m.shape.group_bytes, m.shape.blocks, m.shape.phase, is_q8
                 ]  # fmt: skip
             layers[layer] = fields
-        return layers
+        return aligned_copy(layers)
 
     def _shard_record(self) -> np.ndarray:
         layout, base, moe = self._mailbox.layout, self._mailbox.base, self._config.moe
@@ -158,7 +158,7 @@ class ExpertShard:
         q8_stride, f32_stride = activation_bytes(cols, "q8"), activation_bytes(cols, "f32")
         self._h = {"q8": aligned_bytes(pairs * q8_stride), "f32": aligned_bytes(pairs * f32_stride)}
         self._pointers = {
-            kind: address(self._h[kind]) + stride * np.arange(pairs, dtype=np.int64)
+            kind: aligned_copy(address(self._h[kind]) + stride * np.arange(pairs, dtype=np.int64))
             for kind, stride in (("q8", q8_stride), ("f32", f32_stride))
         }
         # A thread's scratch: offsets and active experts, sorted pairs, row addresses, product tiles.

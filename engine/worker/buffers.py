@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from numoe.engine.cpu.memory import address, align, aligned_bytes
+from numoe.engine.cpu.memory import address, align, aligned_bytes, aligned_copy
 from numoe.engine.cpu.rows import activation_bytes
 
 
@@ -16,7 +16,7 @@ class Rows:
         self.stride = align(activation_bytes(cols, kind))
         self._memory = aligned_bytes(rows * self.stride if base is None else 0)
         self.base = address(self._memory) if base is None else base
-        self._pointers = self.base + self.stride * np.arange(rows, dtype=np.int64)
+        self._pointers = aligned_copy(self.base + self.stride * np.arange(rows, dtype=np.int64))
 
     @property
     def pointers(self) -> int:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType as QuantType
 
 from numoe.engine.cpu import attention, dense
-from numoe.engine.cpu.memory import address, align, aligned_bytes
+from numoe.engine.cpu.memory import address, align, aligned_bytes, aligned_copy, record
 from numoe.engine.cpu.products import product_kernel
 from numoe.engine.cpu.program import (
     FAILED,
@@ -79,7 +79,7 @@ class CpuForward:
         self.config, self.options, self._mailbox = config, options, mailbox
         self.weights = DenseWeights(gguf, dense_tensor_names(gguf), options.threads, progress)
         self.pool = KvPool(config, options.n_pages, options.kv_type)
-        self._step = np.zeros(STEP_FIELDS, np.int64)
+        self._step = record([0] * STEP_FIELDS)
         self._team = ThreadTeam(options.threads, options.threads_on_host)
         self._make_buffers()
         self._make_attention_buffers()
@@ -176,7 +176,7 @@ class CpuForward:
     def _build_body(self) -> None:
         config, program = self.config, self._body
         frequencies, magnitude = rope_frequencies(config.rope, np.float64)
-        self._frequencies = np.ascontiguousarray(frequencies, np.float64)
+        self._frequencies = aligned_copy(frequencies)
         rope = self._rope
         program.add(
             attention.rope_table,

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from numoe.engine.cpu.kv_cells import cell_bytes
-from numoe.engine.cpu.memory import address
+from numoe.engine.cpu.memory import address, aligned_bytes
 from numoe.engine.errors import UnsupportedError
 from numoe.engine.models.config import ModelConfig
 
@@ -45,13 +42,11 @@ class KvPool:
         self.head_bytes = self.key_bytes + cell_bytes(kind.values, config.head_dim, values=True)
         self.layer_bytes = config.n_kv_heads * self.head_bytes
         self.page_bytes = config.n_layers * self.layer_bytes
-        # Not touched here: the kernel hands out a page's memory when it is first written.
-        self.data: npt.NDArray[np.uint8] = np.empty(n_pages * self.page_bytes + 64, np.uint8)
-        self._start = -address(self.data) % 64
+        self.data = aligned_bytes(n_pages * self.page_bytes)
 
     def layer_address(self, layer: int) -> int:
         """Where layer `layer` of page 0 begins; other pages follow at multiples of `page_bytes`."""
-        return address(self.data) + self._start + layer * self.layer_bytes
+        return address(self.data) + layer * self.layer_bytes
 
     @staticmethod
     def nbytes(config: ModelConfig, n_pages: int, kind: KvType) -> int:

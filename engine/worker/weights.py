@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from numoe.engine.cpu.memory import address, aligned_bytes
+from numoe.engine.cpu.memory import address, aligned_bytes, aligned_copy
 from numoe.engine.cpu.packing import pack
 from numoe.engine.cpu.products import product_kernel, unpack_kernel
 from numoe.engine.formats import GROUP_ROWS, Shape, shape_of
@@ -61,7 +61,7 @@ class DenseWeights:
         with ThreadPoolExecutor(threads, thread_name_prefix="numoe-load") as pool:
             for name in names:
                 if len(gguf.tensors[name].shape) == 1:
-                    self.vectors[name] = _aligned_floats(gguf.dequantize(name))
+                    self.vectors[name] = aligned_copy(gguf.dequantize(name))
                 else:
                     self.matrices[name] = _load_matrix(gguf, name, pool, progress)
 
@@ -79,9 +79,3 @@ def _load_matrix(gguf: GgufFile, name: str, pool: ThreadPoolExecutor, progress: 
 
     list(pool.map(load_part, range(0, shape.groups, _PART_GROUPS)))
     return matrix
-
-
-def _aligned_floats(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    out = aligned_bytes(values.nbytes).view(np.float32)
-    out[:] = values.reshape(-1)
-    return out
