@@ -14,6 +14,9 @@ from numoe.engine.cpu.program import LOGIT_ROWS, N_LOGITS, N_ROWS, TOKENS, kerne
 from numoe.engine.cpu.rows import add_row, quantize_row, rms_norm_row, silu_mul
 from numoe.engine.cpu.sync import call_product, call_unpack
 
+ADDED_GROUPS = 8
+"""Groups of 16 output columns whose results are added to the output together."""
+
 
 @kernel
 def embed(args: int, step: int, thread: int, threads: int) -> None:
@@ -56,21 +59,25 @@ def matmul(args: int, step: int, thread: int, threads: int) -> None:
 
     Record: the step field that counts the rows, product kernel, weights, groups, group bytes,
     blocks, pointer table of x, out, out stride, scratch or 0, its bytes a thread. With scratch
-    (float32 [rows, 16]) the result is added to what `out` holds.
+    (float32 [rows, 16 ADDED_GROUPS]) the result is added to what `out` holds.
     """
     first, last = share(field(args, 3), thread, threads)
     rows, out, stride, scratch = field(step, field(args, 0)), field(args, 7), field(args, 8), field(args, 9)
     if rows == 0:
         return
+    product, weights, group_bytes = field(args, 1), field(args, 2), field(args, 4)
+    blocks, pointers = field(args, 5), field(args, 6)
+    if not scratch:
+        w, groups = weights + first * group_bytes, last - first
+        call_product(product, w, group_bytes, groups, blocks, 0, pointers, rows, out + 64 * first, stride)
+        return
     tile = scratch + thread * field(args, 10)
-    for group in range(first, last):
-        w = field(args, 2) + group * field(args, 4)
-        if not scratch:
-            call_product(field(args, 1), w, field(args, 5), 0, field(args, 6), rows, out + 64 * group, stride)
-            continue
-        call_product(field(args, 1), w, field(args, 5), 0, field(args, 6), rows, tile, 64)
+    for group in range(first, last, ADDED_GROUPS):
+        groups = min(ADDED_GROUPS, last - group)
+        w, tile_stride = weights + group * group_bytes, 64 * ADDED_GROUPS
+        call_product(product, w, group_bytes, groups, blocks, 0, pointers, rows, tile, tile_stride)
         for row in range(rows):
-            add_row(out + row * stride + 64 * group, tile + 64 * row, 16)
+            add_row(out + row * stride + 64 * group, tile + row * tile_stride, 16 * groups)
 
 
 @kernel
@@ -93,4 +100,3 @@ def gather_logit_rows(args: int, step: int, thread: int, threads: int) -> None:
         x, out = field(args, 0) + row * field(args, 1), field(args, 2) + i * field(args, 3)
         for at in range(0, 4 * field(args, 4), 64):
             v.store_f32(out + at, v.load_f32(x + at))
-

@@ -104,9 +104,7 @@ def _unit_scales(place: int, column: int, dim: int) -> None:
 @inline
 def q8_scores(product: int, queries: int, heads: int, dim: int, keys: int, blocks: int, scores: int) -> None:
     """Scores of `heads` queries, 8-bit rows whose addresses lie at `queries`, against blocks of 16 tokens."""
-    for block in range(blocks):
-        w = keys + block * (dim // 32) * _TILE
-        call_product(product, w, dim // 32, 0, queries, heads, scores + 64 * block, SCORES_STRIDE)
+    call_product(product, keys, dim // 32 * _TILE, blocks, dim // 32, 0, queries, heads, scores, SCORES_STRIDE)
 
 
 @inline
@@ -143,6 +141,4 @@ def q8_values(
             first = v.fill_from_lane(first, left, np.float32(0.0))
             second = v.fill_from_lane(second, np.int32(left - 16), np.float32(0.0))
             _quantize_weights(first, second, row + 32 * block, row + 32 * blocks + META_BYTES * block)
-    for group in range(dim // 16):
-        w = values + group * _COLUMNS * _TILE
-        call_product(product, w, blocks, 0, pointers, heads, out + 64 * group, stride)
+    call_product(product, values, _COLUMNS * _TILE, dim // 16, blocks, 0, pointers, heads, out, stride)

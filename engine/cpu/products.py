@@ -10,11 +10,12 @@ from functools import cache
 from typing import Any
 
 from gguf import GGMLQuantizationType as QuantType
-from numba import cfunc, njit, types
+from numba import cfunc, types
 
 from numoe.engine.cpu import ISA, tile
 from numoe.engine.cpu import simd as v
 from numoe.engine.cpu.blocks import block_product, block_unpack
+from numoe.engine.cpu.memory import inline
 from numoe.engine.formats.layouts import packed_format
 
 TILE_ROWS = (12, 4) if ISA == "avx512" else (4, 2)
@@ -23,11 +24,23 @@ TILE_ROWS = (12, 4) if ISA == "avx512" else (4, 2)
 What then remains goes one by one. A group of eight query heads, or eight streams, are two passes.
 """
 
-product_signature = types.void(*[types.intp] * 7)
+PREFETCH_BYTES = 4096
+"""How far ahead of its use a weight is fetched: a core's share of the bandwidth, for the time memory takes."""
+
+product_signature = types.void(*[types.intp] * 9)
 unpack_signature = types.void(*[types.intp] * 5)
 
 
-@njit(nogil=True, error_model="numpy", forceinline=True)
+@inline
+def _tile_step(name: Any, acc: Any, w: int, block: int, tile_bytes: int, shared: int, x: Any, blocks: int) -> Any:
+    """Block number `block` of one group times the tile's activation rows, and what lies ahead of it fetched."""
+    p = w + block * tile_bytes
+    for line in range(0, tile_bytes, 64):
+        v.prefetch(p + PREFETCH_BYTES + line)
+    return block_product(name, acc, p, shared, x, blocks * 32, block)
+
+
+@inline
 def _run_tile(
     name: Any, acc: Any, tile_bytes: int, super_bytes: int, super_blocks: int,
     w: int, blocks: int, phase: int, rows: int, out: int, stride: int,
@@ -36,11 +49,7 @@ def _run_tile(
     x = tile.tile_pointers(acc, rows)
     shared, until = w + blocks * tile_bytes, super_blocks - phase
     for block in range(blocks):
-        p = w + block * tile_bytes
-        # Far enough ahead to hide memory, whatever the stride of the hardware's own prefetcher.
-        for line in range(0, tile_bytes, 64):
-            v.prefetch(p + 8 * tile_bytes + line)
-        acc = block_product(name, acc, p, shared, x, blocks * 32, block)
+        acc = _tile_step(name, acc, w, block, tile_bytes, shared, x, blocks)
         if super_bytes:
             until -= 1
             if until == 0:
@@ -48,38 +57,65 @@ def _run_tile(
     tile.tile_store(acc, out, stride)
 
 
+@inline
+def _run_pair(
+    name: Any, acc: Any, tile_bytes: int, super_bytes: int, super_blocks: int,
+    w: int, apart: int, blocks: int, phase: int, rows: int, out: int, out_apart: int, stride: int,
+) -> None:  # fmt: skip
+    """Two groups of weights, `apart` bytes from each other, side by side: memory likes two streams better than one."""
+    x, first, second = tile.tile_pointers(acc, rows), acc, acc
+    shared, until = w + blocks * tile_bytes, super_blocks - phase
+    for block in range(blocks):
+        first = _tile_step(name, first, w, block, tile_bytes, shared, x, blocks)
+        second = _tile_step(name, second, w + apart, block, tile_bytes, shared + apart, x, blocks)
+        if super_bytes:
+            until -= 1
+            if until == 0:
+                shared, until = shared + super_bytes, super_blocks
+    tile.tile_store(first, out, stride)
+    tile.tile_store(second, out + out_apart, stride)
+
+
 @cache
 def product_kernel(qtype: QuantType) -> Any:
-    """The kernel (w, blocks, phase, rows, n, out, stride) of a format; `.address` is its C function's.
+    """The kernel (w, group_bytes, groups, blocks, phase, rows, n, out, stride) of a format.
 
-    It multiplies one group of 16 weight rows, packed at `w` with `blocks` blocks of 32 columns, the
-    first at `phase` in its super, with `n` activation rows whose addresses are int64 at `rows`, and
-    writes float32 [n, 16] at `out`, `stride` bytes from row to row.
+    It multiplies `groups` groups of 16 weight rows, packed at `w`, `group_bytes` from group to
+    group, each of `blocks` blocks of 32 columns, the first at `phase` in its super, with `n`
+    activation rows whose addresses are int64 at `rows`, and writes float32 [n, 16 groups] at `out`,
+    `stride` bytes from row to row. `.address` is its C function's.
     """
     form, (many, some) = packed_format(qtype), TILE_ROWS
     name, tile_bytes, super_bytes, super_blocks = form.name, form.tile_bytes, form.super_bytes, form.super_blocks
 
     @cfunc(product_signature, nopython=True, cache=True, error_model="numpy")
-    def product(w: int, blocks: int, phase: int, rows: int, n: int, out: int, stride: int) -> None:
-        i = 0
-        while n - i >= many:
-            _run_tile(
-                name, tile.tile_zero(many), tile_bytes, super_bytes, super_blocks,
-                w, blocks, phase, rows + 8 * i, out + i * stride, stride,
-            )  # fmt: skip
-            i += many
-        while n - i >= some:
-            _run_tile(
-                name, tile.tile_zero(some), tile_bytes, super_bytes, super_blocks,
-                w, blocks, phase, rows + 8 * i, out + i * stride, stride,
-            )  # fmt: skip
-            i += some
-        while n - i >= 1:
-            _run_tile(
-                name, tile.tile_zero(1), tile_bytes, super_bytes, super_blocks,
-                w, blocks, phase, rows + 8 * i, out + i * stride, stride,
-            )  # fmt: skip
-            i += 1
+    def product(
+        w: int, group_bytes: int, groups: int, blocks: int, phase: int, rows: int, n: int, out: int, stride: int
+    ) -> None:
+        # Group g goes with group g + half: each of the two streams reads from front to end.
+        half, tiled = (groups + 1) // 2, n - n % many
+        for g in range(half):
+            for k in range(g, groups, half):
+                for i in range(0, tiled, many):
+                    _run_tile(
+                        name, tile.tile_zero(many), tile_bytes, super_bytes, super_blocks,
+                        w + k * group_bytes, blocks, phase, rows + 8 * i, out + 64 * k + i * stride, stride,
+                    )  # fmt: skip
+            other, i = half if g + half < groups else 0, tiled
+            while n - i >= some:
+                _run_pair(
+                    name, tile.tile_zero(some), tile_bytes, super_bytes, super_blocks,
+                    w + g * group_bytes, other * group_bytes, blocks, phase, rows + 8 * i,
+                    out + 64 * g + i * stride, 64 * other, stride,
+                )  # fmt: skip
+                i += some
+            while n - i >= 1:
+                _run_pair(
+                    name, tile.tile_zero(1), tile_bytes, super_bytes, super_blocks,
+                    w + g * group_bytes, other * group_bytes, blocks, phase, rows + 8 * i,
+                    out + 64 * g + i * stride, 64 * other, stride,
+                )  # fmt: skip
+                i += 1
 
     return product
 

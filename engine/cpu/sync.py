@@ -75,13 +75,14 @@ def call_kernel(b: Builder, f: Value, args: Value, step: Value, thread: Value, t
     b.call(b.inttoptr(f, kind.as_pointer()), [args, step, thread, threads])
 
 
-@operation(types.void, addr, addr, addr, addr, addr, addr, addr, addr)
+@operation(types.void, *[addr] * 10)
 def call_product(
-    b: Builder, f: Value, w: Value, blocks: Value, phase: Value, rows: Value, n: Value, out: Value, stride: Value
-) -> None:
+    b: Builder, f: Value, w: Value, group_bytes: Value, groups: Value, blocks: Value, phase: Value,
+    rows: Value, n: Value, out: Value, stride: Value,
+) -> None:  # fmt: skip
     """Call the product kernel at address `f`: see `products.py`."""
-    kind = ir.FunctionType(ir.VoidType(), [_I64] * 7)
-    b.call(b.inttoptr(f, kind.as_pointer()), [w, blocks, phase, rows, n, out, stride])
+    kind = ir.FunctionType(ir.VoidType(), [_I64] * 9)
+    b.call(b.inttoptr(f, kind.as_pointer()), [w, group_bytes, groups, blocks, phase, rows, n, out, stride])
 
 
 @operation(types.void, addr, addr, addr, addr, addr, addr)

@@ -100,11 +100,11 @@ def _group_pairs(shard: int, rows: int, scratch: int) -> int:
 
 
 @inline
-def _product(matrix: int, expert: int, group: int, rows: int, n: int, out: int, stride: int) -> None:
-    """One group of an expert's matrix times `n` rows whose addresses lie at `rows`."""
-    w = field(matrix, ADDRESS) + expert * field(matrix, EXPERT_STRIDE) + group * field(matrix, GROUP_STRIDE)
-    blocks, phase = field(matrix, MATRIX_BLOCKS), field(matrix, PHASE)
-    call_product(field(matrix, KERNEL), w, blocks, phase, rows, n, out, stride)
+def _product(matrix: int, expert: int, group: int, groups: int, rows: int, n: int, out: int, stride: int) -> None:
+    """`groups` groups of an expert's matrix times `n` rows whose addresses lie at `rows`."""
+    group_bytes, blocks, phase = field(matrix, GROUP_STRIDE), field(matrix, MATRIX_BLOCKS), field(matrix, PHASE)
+    w = field(matrix, ADDRESS) + expert * field(matrix, EXPERT_STRIDE) + group * group_bytes
+    call_product(field(matrix, KERNEL), w, group_bytes, groups, blocks, phase, rows, n, out, stride)
 
 
 @inline
@@ -126,12 +126,10 @@ def _gate_up(shard: int, layer: int, expert: int, block: int, first: int, n: int
     pointers, gate = scratch + field(shard, POINTERS_OFFSET), scratch + field(shard, TILE_OFFSET)
     up = gate + 128 * n
     _row_pointers(shard, layer + 8 * GATE, pairs, n, pointers)
-    for half in range(2):
-        _product(layer + 8 * GATE, expert, 2 * block + half, pointers, n, gate + 64 * half, 128)
+    _product(layer + 8 * GATE, expert, 2 * block, 2, pointers, n, gate, 128)
     if field(layer + 8 * UP, IS_Q8) != field(layer + 8 * GATE, IS_Q8):
         _row_pointers(shard, layer + 8 * UP, pairs, n, pointers)
-    for half in range(2):
-        _product(layer + 8 * UP, expert, 2 * block + half, pointers, n, up + 64 * half, 128)
+    _product(layer + 8 * UP, expert, 2 * block, 2, pointers, n, up, 128)
     cols = 32 * field(shard, BLOCKS)
     for i in range(n):
         a = silu_mul(v.load_f32(gate + 128 * i), v.load_f32(up + 128 * i))
@@ -160,13 +158,15 @@ def _down(shard: int, layer: int, group: int, active: int, scratch: int, rows: i
         expert = np.intp(v.load_scalar_i32(experts + 4 * a))
         first = np.intp(v.load_scalar_i32(scratch + 4 * expert))
         n = np.intp(v.load_scalar_i32(scratch + 4 * (expert + 1))) - first
-        for g in range(group, last):
-            _product(layer + 8 * DOWN, expert, g, pointers + 8 * first, n, tile, 64)
-            for i in range(n):
-                pair = np.intp(v.load_scalar_i32(pairs + 4 * (first + i)))
-                at = out + 4 * (pair // top_k * hidden + 16 * g)
-                weight = v.splat_f32(v.load_scalar_f32(weights + 4 * pair))
-                v.store_f32(at, v.fma(v.load_f32(tile + 64 * i), weight, v.load_f32(at)))
+        groups, stride = last - group, 64 * _CLAIM_GROUPS
+        _product(layer + 8 * DOWN, expert, group, groups, pointers + 8 * first, n, tile, stride)
+        for i in range(n):
+            pair = np.intp(v.load_scalar_i32(pairs + 4 * (first + i)))
+            weight = v.splat_f32(v.load_scalar_f32(weights + 4 * pair))
+            source, at = tile + i * stride, out + 4 * (pair // top_k * hidden + 16 * group)
+            for g in range(groups):
+                total = v.fma(v.load_f32(source + 64 * g), weight, v.load_f32(at + 64 * g))
+                v.store_f32(at + 64 * g, total)
 
 
 @inline

@@ -147,7 +147,7 @@ class CpuForward:
         self._rope = Rows(rows, config.rope.dims)
         self._last, self._last_q8 = Rows(LOGITS_AT_ONCE, config.hidden), Rows(LOGITS_AT_ONCE, config.hidden, "q8")
         self._logit_rows = Rows(LOGITS_AT_ONCE, -(-config.vocab // 16) * 16)
-        self._tile_bytes = 64 * max(rows, LOGITS_AT_ONCE)
+        self._tile_bytes = 64 * dense.ADDED_GROUPS * rows
         self._tiles = aligned_bytes(self.options.threads * self._tile_bytes)
         if config.dense_ffn:
             self._gate, self._up = Rows(rows, config.dense_ffn), Rows(rows, config.dense_ffn)

@@ -11,6 +11,8 @@ from numoe.engine.cpu.sync import call_product
 READ_STEP_BYTES = 512
 OPERAND_BYTES = 13 * 64
 """What `dots` and `fmas` read: one vector, and one for each chain."""
+PRODUCT_GROUPS = 4
+"""Groups of 16 weight rows that a call of a product kernel computes: what a thread takes of an expert."""
 _CHAINS = 12
 DOTS_MACS = 64 * _CHAINS
 """Multiply-adds of a round of `dots`: of one instruction, times the chains that hide its latency."""
@@ -48,10 +50,12 @@ def products(
 ) -> None:  # fmt: skip
     """The product kernel over groups `first` to `last` of a packed matrix, for `rows` activation rows.
 
-    The results of each group, float32 [rows, 16], overwrite those of the one before at `out`.
+    As many groups at a time as an expert has; their results, float32 [rows, 16 PRODUCT_GROUPS],
+    overwrite those of the ones before at `out`.
     """
-    for group in range(first, last):
-        call_product(kernel, weights + group * group_bytes, blocks, 0, pointers, rows, out, 64)
+    for group in range(first, last, PRODUCT_GROUPS):
+        w, groups = weights + group * group_bytes, min(PRODUCT_GROUPS, last - group)
+        call_product(kernel, w, group_bytes, groups, blocks, 0, pointers, rows, out, 64 * PRODUCT_GROUPS)
 
 
 @njit(nogil=True, error_model="numpy", cache=True)

@@ -45,7 +45,7 @@ class Stand:
             part = self._buffer[start : start + len(pattern)]
             part[:] = pattern[: len(part)]
         self.weights = address(self._buffer)
-        self._outs = aligned_bytes(threads * rows * 4 * GROUP_ROWS)
+        self._outs = aligned_bytes(threads * rows * 4 * GROUP_ROWS * loops.PRODUCT_GROUPS)
         self.pointers = self._activations(generator.standard_normal((rows, COLS)).astype(np.float32))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="numoe-bench")
         out = address(self._outs)

@@ -61,8 +61,9 @@ class Matrix:
                 buffer[i * stride : i * stride + row.nbytes] = row.view(np.uint8)
         out = np.full((n, 16 * self.shape.groups), np.nan, np.float32)
         kernel = product_kernel(self.qtype).ctypes
-        for group in range(self.shape.groups):
-            at = address(out) + 64 * group
-            shape = self.shape
-            kernel(self.group(group), shape.blocks, shape.phase, address(pointers), n, at, out.strides[0])
+        shape = self.shape
+        kernel(
+            self.group(0), shape.group_bytes, shape.groups, shape.blocks, shape.phase,
+            address(pointers), n, address(out), out.strides[0],
+        )  # fmt: skip
         return out[:, : self.shape.rows]
