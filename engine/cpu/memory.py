@@ -54,8 +54,8 @@ def align(nbytes: int, to: int = ALIGNMENT) -> int:
 def aligned_bytes(nbytes: int, alignment: int = ALIGNMENT) -> npt.NDArray[np.uint8]:
     """Zeroed uint8 [nbytes] whose address is a multiple of `alignment`.
 
-    Everything of ours that kernels read or write comes from here, or lies in shared memory. Large
-    arrays take up no memory before they are written.
+    All that kernels read or write comes from here, but for a step's batch and what lies in shared
+    memory. Large arrays take up no memory before they are written.
     """
     raw = np.zeros(nbytes + alignment, np.uint8)
     start = -raw.ctypes.data % alignment

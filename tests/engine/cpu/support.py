@@ -8,7 +8,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as QuantType
 from gguf import quants
 
-from numoe.engine.cpu.memory import address, aligned_bytes
+from numoe.engine.cpu.memory import address, aligned_bytes, aligned_copy
 from numoe.engine.cpu.packing import pack as compiled_pack
 from numoe.engine.cpu.products import product_kernel, unpack_kernel
 from numoe.engine.cpu.rows import activation_bytes, quantize_row
@@ -42,7 +42,7 @@ class Matrix:
 
     def unpacked(self) -> np.ndarray:
         """Every weight, by the unpack kernel: float32 [rows, cols]."""
-        out = np.zeros((self.shape.rows, self.shape.blocks * 32), np.float32)
+        out = aligned_copy(np.zeros((self.shape.rows, self.shape.blocks * 32), np.float32))
         kernel = unpack_kernel(self.qtype).ctypes
         for row in range(self.shape.rows):
             kernel(self.group(row // 16), self.shape.blocks, self.shape.phase, row % 16, address(out[row]))
@@ -53,13 +53,13 @@ class Matrix:
         kind = self.shape.format.activations
         stride, n = activation_bytes(x.shape[1], kind), len(x)
         buffer = aligned_bytes(n * stride)
-        pointers = address(buffer) + stride * np.arange(n, dtype=np.int64)
-        for i, row in enumerate(np.ascontiguousarray(x, np.float32)):
+        pointers = aligned_copy(address(buffer) + stride * np.arange(n, dtype=np.int64))
+        for i, row in enumerate(aligned_copy(x.astype(np.float32))):
             if kind == "q8":
                 quantize_row(address(row), x.shape[1], int(pointers[i]))
             else:
                 buffer[i * stride : i * stride + row.nbytes] = row.view(np.uint8)
-        out = np.full((n, 16 * self.shape.groups), np.nan, np.float32)
+        out = aligned_copy(np.full((n, 16 * self.shape.groups), np.nan, np.float32))
         kernel = product_kernel(self.qtype).ctypes
         shape = self.shape
         kernel(
