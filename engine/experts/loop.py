@@ -25,10 +25,12 @@ from numoe.engine.cpu.sync import (
     atomic_add,
     atomic_load,
     atomic_store,
-    await_counter,
     barrier,
     call_product,
+    futex_wait,
+    is_before,
     now_ns,
+    pause,
     publish,
 )
 from numoe.engine.cpu.tile import META_BYTES
@@ -40,6 +42,7 @@ from numoe.engine.experts.mailbox import (
     REQUEST_ROWS,
     REQUEST_SEQUENCE,
     REQUEST_SLEEPERS,
+    STEPPING,
     STOP,
 )
 
@@ -193,6 +196,29 @@ def _serve(shard: int, layer: int, rows: int, scratch: int) -> None:
         _down(shard, layer, group, active, scratch, rows)
 
 
+@inline
+def _await_request(mailbox: int, wanted: int, spins: int) -> bool:
+    """Wait until request `wanted` is there; False if it is not after _POLL_NS asleep.
+
+    As `await_counter`, but nobody sleeps while a step is under way whose worker cannot wake them.
+    """
+    request, sleepers, stepping = mailbox + REQUEST_SEQUENCE, mailbox + REQUEST_SLEEPERS, mailbox + STEPPING
+    left = spins
+    while left > 0 or atomic_load(stepping) != 0:
+        if not is_before(atomic_load(request), wanted):
+            return True
+        if atomic_load(mailbox + STOP) != 0:
+            return False
+        pause()
+        left -= 1
+    atomic_add(sleepers, np.uint32(1))
+    seen = atomic_load(request)
+    if is_before(seen, wanted) and atomic_load(stepping) == 0:
+        futex_wait(request, np.intp(seen), _POLL_NS)
+    atomic_add(sleepers, np.uint32(0xFFFFFFFF))
+    return not is_before(atomic_load(request), wanted)
+
+
 @njit(nogil=True, error_model="numpy", cache=True)
 def shard_loop(shard: int, thread: int, seen: int) -> None:
     """Serve requests until the mailbox says stop; run by each of the shard's threads.
@@ -203,8 +229,7 @@ def shard_loop(shard: int, thread: int, seen: int) -> None:
     scratch = field(shard, SCRATCH) + thread * field(shard, SCRATCH_BYTES)
     wanted = np.uint32(seen) + np.uint32(1)
     while atomic_load(mailbox + STOP) == 0:
-        request, sleepers = mailbox + REQUEST_SEQUENCE, mailbox + REQUEST_SLEEPERS
-        if not await_counter(request, sleepers, wanted, field(shard, SPINS), _POLL_NS):
+        if not _await_request(mailbox, wanted, field(shard, SPINS)):
             if thread == 0:
                 atomic_add(reply + HEARTBEAT, np.uint32(1))
             continue

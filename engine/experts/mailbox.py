@@ -6,6 +6,7 @@
     128           sleepers on the request       shards
     192           request: layer, rows          the worker, before the sequence
     256           stop (uint32)                 the worker
+    320           a step is under way (uint32)  a worker that cannot wake sleepers: a GPU
     4096 + 256 s  shard s: reply sequence       shard s
       + 64        sleepers on the reply         the worker
       + 128       heartbeat (uint32)            shard s
@@ -20,6 +21,7 @@ A request is valid once its sequence number is there; a reply likewise. Sequence
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,9 +33,10 @@ from numoe.engine.cpu.sync import wake_word
 from numoe.engine.shm import SharedSegment
 
 MAGIC = 0x6E756D6F65_01
-REQUEST_SEQUENCE, REQUEST_SLEEPERS, REQUEST_LAYER, REQUEST_ROWS, STOP = 64, 128, 192, 200, 256
+REQUEST_SEQUENCE, REQUEST_SLEEPERS, REQUEST_LAYER, REQUEST_ROWS, STOP, STEPPING = 64, 128, 192, 200, 256, 320
 SHARDS_AT, SHARD_STRIDE = 4096, 256
 REPLY_SLEEPERS, HEARTBEAT, BUSY_NS = 64, 128, 192
+_WAKE_S = 0.01  # more than sleepers need to get up
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,18 @@ class Mailbox:
         at, size = self.layout.partials, self.layout.shards * self.layout.partial_bytes
         flat = self.segment.array[at : at + size].view(np.float32)
         return flat.reshape(self.layout.shards, self.layout.max_rows, self.layout.hidden)
+
+    def begin_step(self) -> None:
+        """Have the shards' threads spin until `end_step`: requests come from one who cannot wake them."""
+        words = self.segment.array
+        words[STEPPING : STEPPING + 4].view(np.uint32)[0] = 1
+        until = time.monotonic() + _WAKE_S
+        while words[REQUEST_SLEEPERS : REQUEST_SLEEPERS + 4].view(np.uint32)[0] and time.monotonic() < until:
+            wake_word(self.base + REQUEST_SEQUENCE)
+
+    def end_step(self) -> None:
+        """Let the shards' threads park again."""
+        self.segment.array[STEPPING : STEPPING + 4].view(np.uint32)[0] = 0
 
     def stop_shards(self) -> None:
         """Tell every shard to leave its loop."""
