@@ -3,7 +3,7 @@
 On the best path of the host: products, unpacking and packing of every format, and forward passes
 that run every kernel of a step and the shards' loop. On its other paths, products and unpacking of
 the two formats that test_isa.py compiles there anyway, since compiling is what takes time;
-`NUMOE_BOUNDS=all` runs everything on every path, which takes about six minutes.
+`NUMOE_BOUNDS=all` runs everything on every path, which takes about ten minutes.
 """
 
 from __future__ import annotations
