@@ -1,0 +1,93 @@
+"""The memory of the KV pages in VRAM (`cuda/kv.cuh` says what a page holds)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from numoe.engine.errors import UnsupportedError
+from numoe.engine.kv.pages import PAGE_TOKENS
+from numoe.engine.models.config import ModelConfig
+from numoe.engine.worker.kv_pool import KvType
+
+if TYPE_CHECKING:
+    import cupy as cp
+
+BLOCK = 32
+"""Elements that share a scale in q8_0 and q4_0."""
+
+_CODE_BITS = {"f16": 16, "q8_0": 8, "q4_0": 4}
+GPU_KV_TYPES = tuple(_CODE_BITS)
+MAX_HEAD_DIM = 256
+
+
+def check_kv_type(config: ModelConfig, kind: KvType) -> None:
+    """Raise UnsupportedError for a type there is not on a GPU, or heads that kernels cannot take."""
+    dim = config.head_dim
+    if dim % 16 or dim > MAX_HEAD_DIM:
+        raise UnsupportedError(
+            f"attention on a GPU needs heads of a multiple of 16 up to {MAX_HEAD_DIM}, and the model has {dim}; "
+            "use the CPU"
+        )
+    for name in (kind.keys, kind.values):
+        if name not in GPU_KV_TYPES:
+            raise UnsupportedError(f"KV cache type {name} is not supported; use one of {', '.join(GPU_KV_TYPES)}")
+        if name != "f16" and dim % BLOCK:
+            raise UnsupportedError(
+                f"KV cache type {name} needs heads of a multiple of {BLOCK}, and the model has {dim}; use f16"
+            )
+
+
+def cell_bytes(kind: str, dim: int) -> int:
+    """Bytes of one head's keys, or values, in a page: codes, then float16 scales unless kind is f16."""
+    scales = 0 if kind == "f16" else 2 * PAGE_TOKENS * (dim // BLOCK)
+    return PAGE_TOKENS * dim * _CODE_BITS[kind] // 8 + scales
+
+
+class GpuKvPool:
+    """`n_pages` pages of 256 tokens on the current device: uint8 [n_pages, layers, layer_bytes].
+
+    A layer's part of a page holds, for each KV head, keys (`key_bytes`), then values. Nothing is
+    written to begin with. UnsupportedError as `check_kv_type`.
+    """
+
+    def __init__(self, config: ModelConfig, n_pages: int, kind: KvType) -> None:
+        import cupy
+
+        check_kv_type(config, kind)
+        self.kind = kind
+        self.key_bytes = cell_bytes(kind.keys, config.head_dim)
+        self.head_bytes = self.key_bytes + cell_bytes(kind.values, config.head_dim)
+        self.layer_bytes = config.n_kv_heads * self.head_bytes
+        self.page_bytes = config.n_layers * self.layer_bytes
+        self.data: cp.ndarray = cupy.empty((n_pages, config.n_layers, self.layer_bytes), np.uint8)
+
+    @staticmethod
+    def nbytes(config: ModelConfig, n_pages: int, kind: KvType) -> int:
+        """Bytes of a pool."""
+        head = cell_bytes(kind.keys, config.head_dim) + cell_bytes(kind.values, config.head_dim)
+        return n_pages * config.n_layers * config.n_kv_heads * head
+
+    def layer_address(self, layer: int) -> int:
+        """Where layer `layer` of page 0 begins; other pages follow at multiples of `page_bytes`."""
+        return int(self.data.data.ptr) + layer * self.layer_bytes
+
+    def copy_out(self, page: int, layer: int, host: npt.NDArray[np.uint8]) -> None:
+        """Copy a layer's part of a page to `host`, uint8 [layer_bytes], on the current stream.
+
+        It is there when the stream has come this far; only pinned memory lets the host run on.
+        """
+        part = self._part(page, layer, host)
+        part.data.copy_to_host_async(host.ctypes.data, self.layer_bytes)
+
+    def copy_in(self, page: int, layer: int, host: npt.NDArray[np.uint8]) -> None:
+        """Copy a layer's part of a page from `host`, the other way round."""
+        part = self._part(page, layer, host)
+        part.data.copy_from_host_async(host.ctypes.data, self.layer_bytes)
+
+    def _part(self, page: int, layer: int, host: npt.NDArray[np.uint8]) -> Any:
+        if host.nbytes != self.layer_bytes or not host.flags.c_contiguous:
+            raise ValueError(f"a layer's part of a page takes {self.layer_bytes} contiguous bytes, not {host.nbytes}")
+        return self.data[page, layer]
