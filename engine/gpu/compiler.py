@@ -2,7 +2,8 @@
 
 A source `cuda/NAME.cu` includes only headers of that folder and CUDA's own. The former are put in
 place as text, so that a compiled module's cache key covers them. Kernels are `extern "C"`, or
-templates that are instantiated in their source and asked for by their full name.
+templates of which `module` compiles what is asked for; a source instantiates all of them where
+ALL_INSTANCES is defined, as `compile_source` does.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def compile_source(name: str, arch: int) -> bytes:
         return result[1] if len(result) > 1 else None
 
     program = check(nvrtc.nvrtcCreateProgram(source(name).encode(), f"{name}.cu".encode(), 0, [], []))
-    options = [*OPTIONS, f"-arch=sm_{arch}", *(f"-I{folder}" for folder in _header_folders())]
+    options = [*OPTIONS, "-DALL_INSTANCES", f"-arch=sm_{arch}", *(f"-I{folder}" for folder in _header_folders())]
     error = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = b" " * check(nvrtc.nvrtcGetProgramLogSize(program))

@@ -1,0 +1,276 @@
+// Products of a matrix with up to 16 rows of activations: out[r] = W x[r], or out[r] += W x[r].
+//
+// Quantized weights stay as they are: integer tensor cores multiply their codes with x, of which each 32
+// numbers become 15-bit integers under one scale, held as high * 128 + low in two bytes, so that a product
+// over 32 (or 16) columns is exact before it is scaled in float32. Nothing that a row's result is made of,
+// nor the order of its sums, depends on the number of rows.
+#include "formats.cuh"
+
+constexpr int WARPS = 16, THREADS = WARPS * WARP;
+constexpr int AHEAD = 2;                            // tiles that a warp loads at once, while it computes as many
+constexpr int HIGHEST = 127 * 128;                  // of the integers that stand for x
+constexpr int X_BYTES = 64;                         // of 32 numbers of x: high bytes, low bytes
+
+struct Product {
+    const uint8* weights;
+    float* out;                                     // [x rows, out_rows]
+    int64 out_rows;
+};
+struct Products {                                   // of the same x and format
+    Product each[4];
+    int64 count;
+};
+
+inline void mma32(int (&c)[4], const uint32 (&a)[4], uint2 b) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
+#else
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
+            : "+r"(c[j % 2 * 2]), "+r"(c[j % 2 * 2 + 1]) : "r"(a[j]), "r"(j < 2 ? b.x : b.y));
+#endif
+}
+inline void mma16(int (&c)[4], uint32 a0, uint32 a1, uint32 b) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(b));
+#else
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};" : "+r"(c[0]), "+r"(c[1]) : "r"(a0), "r"(b));
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};" : "+r"(c[2]), "+r"(c[3]) : "r"(a1), "r"(b));
+#endif
+}
+
+// What x becomes in shared memory: for each block of 32 columns and each row, X_BYTES of codes in the order of
+// operand B, and the scale, with the sums of the scaled integers where the format adds an offset.
+template <class F> struct Activations {
+    static constexpr int FLOATS = F::HALVES && F::OFFSET ? 4 : 2;  // scale, sum | its halves
+    uint8* codes;
+    float* scales;
+    int rows;
+};
+
+// Blocks first .. last - 1 of x, float32 [rows, cols], by one warp: eight lanes a block, four numbers a lane.
+template <class F> inline void quantize(const Activations<F>& to, const float* x, int cols, int first, int last) {
+    int lane = lane_id(), j = lane % 8;
+    for (int row = 0; row < to.rows; row++)
+        for (int start = first; start < last; start += 4) {
+            int block = start + lane / 8;
+            float4 v = {0, 0, 0, 0};
+            if (block < last && block * BLOCK_COLS < cols) v = *(const float4*)(x + int64(row) * cols + block * BLOCK_COLS + 4 * j);
+            float top = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+#pragma unroll
+            for (int step = 4; step; step /= 2) top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, step));
+            float inverse = top > 1e-30f ? __fdividef(HIGHEST, top) : 0.0f, scale = __fmul_rn(top, 1.0f / HIGHEST);
+            int q[4] = {__float2int_rn(__fmul_rn(v.x, inverse)), __float2int_rn(__fmul_rn(v.y, inverse)),
+                        __float2int_rn(__fmul_rn(v.z, inverse)), __float2int_rn(__fmul_rn(v.w, inverse))};
+            uint32 high = 0, low = 0;
+            int sum = 0;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int h = (q[i] + 64) >> 7;
+                high |= (h & 255) << 8 * i;
+                low |= (q[i] - 128 * h & 255) << 8 * i;
+                sum += q[i];
+            }
+            if constexpr (F::OFFSET) {
+                sum += __shfl_xor_sync(ALL_LANES, sum, 1);
+                sum += __shfl_xor_sync(ALL_LANES, sum, 2);
+            }
+            int other = F::OFFSET ? __shfl_xor_sync(ALL_LANES, sum, 4) : 0;
+            if (block >= last) continue;
+            int at = block * to.rows + row;
+            uint32* codes = (uint32*)(to.codes + at * X_BYTES) + j % 4 * 2 + j / 4;
+            codes[0] = high, codes[8] = low;
+            float* scales = to.scales + at * Activations<F>::FLOATS;
+            if (j == 0) {
+                scales[0] = scale, scales[1] = __fmul_rn(scale, float(sum + other));
+                if constexpr (Activations<F>::FLOATS == 4) scales[2] = __fmul_rn(scale, float(sum)), scales[3] = __fmul_rn(scale, float(other));
+            }
+        }
+}
+
+// acc += one block of a tile times x. acc[n][i]: row g + 8 i of the tile, row 4 n + t of x.
+template <class F, int NT, int BLOCK>
+inline void multiply_block(float (&acc)[NT][2], const typename F::Tile& tile, const Activations<F>& x, int block) {
+    uint32 a[4] = {F::template bytes<BLOCK, 0>(tile), F::template bytes<BLOCK, 1>(tile), F::template bytes<BLOCK, 2>(tile),
+                   F::template bytes<BLOCK, 3>(tile)};
+    Affine first = F::template affine<BLOCK, 0>(tile), second = F::template affine<BLOCK, 1>(tile);
+    int lane = lane_id();
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        uint2 b = {0, 0};
+        if (4 * n + lane / 8 < x.rows) b = *(const uint2*)(x.codes + (block * x.rows + 4 * n) * X_BYTES + lane * 8);
+        const float* s = x.scales + (block * x.rows + min(4 * n + lane % 4, x.rows - 1)) * Activations<F>::FLOATS;
+        float scale = s[0];
+        int c[4] = {0, 0, 0, 0}, d[4] = {0, 0, 0, 0};
+        if constexpr (F::HALVES) mma16(c, a[0], a[1], b.x), mma16(d, a[2], a[3], b.y);
+        else mma32(c, a, b);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float dot = __fmul_rn(scale, float(c[2 * i] * 128 + c[2 * i + 1]));
+            acc[n][i] = fmaf(first.scale[i], dot, acc[n][i]);
+            if constexpr (F::HALVES) {
+                dot = __fmul_rn(scale, float(d[2 * i] * 128 + d[2 * i + 1]));
+                acc[n][i] = fmaf(second.scale[i], dot, acc[n][i]);
+            }
+            // Bytes of a format with an offset are its codes: UNIT is 1.
+            if constexpr (F::OFFSET && F::HALVES) {
+                acc[n][i] = fmaf(first.offset[i], s[2], acc[n][i]);
+                acc[n][i] = fmaf(second.offset[i], s[3], acc[n][i]);
+            } else if constexpr (F::OFFSET) acc[n][i] = fmaf(first.offset[i], s[1], acc[n][i]);
+        }
+    }
+}
+
+// x: float32 [rows, cols], rows <= 4 NT. Each block takes groups of 16 weight rows, grid-wide in turns; its warps
+// share the columns out among themselves and add up in order. Shared memory: see Activations, then float32
+// [2][WARPS][rows][16].
+template <class F, int NT> __global__ void __launch_bounds__(THREADS, 1)
+gemv(const Products products, const float* x, int cols, int rows, int add) {
+    extern __shared__ __align__(16) uint8 shared[];
+    int tiles = divide_up(cols, TILE_COLS), warp = warp_id(), lane = lane_id();
+    int first = tiles * warp / WARPS, last = tiles * (warp + 1) / WARPS, batches = max(1, divide_up(last - first, AHEAD));
+    Activations<F> activations = {shared, (float*)(shared + 2 * tiles * rows * X_BYTES), rows};
+    float* partial = activations.scales + 2 * tiles * rows * Activations<F>::FLOATS;
+
+    int ends[4], groups = 0;                        // of the products, in groups of 16 rows
+#pragma unroll
+    for (int i = 0; i < 4; i++) ends[i] = groups += i < products.count ? divide_up(int(products.each[i].out_rows), TILE_ROWS) : 0;
+    auto weights_of = [&](int group) {
+        int i = (group >= ends[0]) + (group >= ends[1]) + (group >= ends[2]);
+        return products.each[i].weights + (group - (i ? ends[i - 1] : 0)) * F::row_bytes(tiles);
+    };
+
+    typename F::Tile now[AHEAD], next[AHEAD];
+    auto load = [&](typename F::Tile (&to)[AHEAD], const uint8* weights, int tile) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+            if (tile + i < last) F::load(to[i], weights, tile + i, lane);
+    };
+    int group = blockIdx.x;
+    if (group >= groups) return;
+    const uint8* weights = weights_of(group);
+    load(now, weights, first);
+    quantize<F>(activations, x, cols, 2 * first, 2 * last);
+    __syncwarp();
+
+    for (int turn = 0; group < groups; turn ^= 1) {
+        float acc[NT][2] = {};
+        int following = group + gridDim.x;
+        const uint8* weights_after = following < groups ? weights_of(following) : weights;
+        for (int batch = 0; batch < batches; batch++) {
+            int tile = first + batch * AHEAD;
+            if (batch + 1 < batches) load(next, weights, tile + AHEAD);
+            else if (following < groups) load(next, weights_after, first);
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++)
+                if (tile + i < last) {
+                    multiply_block<F, NT, 0>(acc, now[i], activations, 2 * (tile + i));
+                    multiply_block<F, NT, 1>(acc, now[i], activations, 2 * (tile + i) + 1);
+                }
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) now[i] = next[i];
+        }
+        float* sums = partial + turn * WARPS * TILE_ROWS * rows;
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+            if (4 * n + lane % 4 < rows) {
+                float* p = sums + (warp * rows + 4 * n + lane % 4) * TILE_ROWS + lane / 4;
+                p[0] = acc[n][0], p[8] = acc[n][1];
+            }
+        __syncthreads();
+        int i = (group >= ends[0]) + (group >= ends[1]) + (group >= ends[2]);
+        int row = (group - (i ? ends[i - 1] : 0)) * TILE_ROWS + threadIdx.x % TILE_ROWS, out_rows = products.each[i].out_rows;
+        if (threadIdx.x < TILE_ROWS * rows && row < out_rows) {
+            float total = 0;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) total = __fadd_rn(total, sums[w * TILE_ROWS * rows + threadIdx.x]);
+            float* to = products.each[i].out + int64(threadIdx.x / TILE_ROWS) * out_rows + row;
+            *to = add ? fmaf(total, F::UNIT, *to) : total * F::UNIT;
+        }
+        group = following, weights = weights_after;
+    }
+}
+
+// --- matrices of floats ---------------------------------------------------------------------------
+
+constexpr int FLOAT_WARPS = 8, FLOAT_ROWS = 4;
+
+// Sums of N values over a warp: value i ends in v[i % (N / 32)] ... of the lanes that `index` names.
+template <int N, int STEP = 16> inline int sum_values(float* v) {
+    if constexpr (STEP == 0) return 0;
+    else if constexpr (N == 1) {
+        v[0] = __fadd_rn(v[0], __shfl_xor_sync(ALL_LANES, v[0], STEP));
+        return sum_values<1, STEP / 2>(v);
+    } else {
+        bool upper = lane_id() & STEP;
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) {
+            float sent = upper ? v[i] : v[i + N / 2], kept = upper ? v[i + N / 2] : v[i];
+            v[i] = __fadd_rn(kept, __shfl_xor_sync(ALL_LANES, sent, STEP));
+        }
+        return (upper ? N / 2 : 0) + sum_values<N / 2, STEP / 2>(v);
+    }
+}
+
+// weights: F [out_rows, cols]; x: float32 [rows, cols], rows <= R; out: float32 [rows, out_rows]. A block takes
+// FLOAT_ROWS weight rows; its threads share the columns out.
+template <class F, int R> __global__ void __launch_bounds__(FLOAT_WARPS * WARP)
+gemv_floats(const uint8* weights, const float* x, int out_rows, int cols, int rows, float* out, int add) {
+    constexpr int VECTOR = 16 / F::SIZE, SUMS = FLOAT_ROWS * R;
+    __shared__ float partial[FLOAT_WARPS][SUMS];
+    int64 first = int64(blockIdx.x) * FLOAT_ROWS;
+    float acc[SUMS] = {};
+    for (int col = threadIdx.x * VECTOR; col < cols; col += FLOAT_WARPS * WARP * VECTOR) {
+        uint4 raw[FLOAT_ROWS];
+#pragma unroll
+        for (int i = 0; i < FLOAT_ROWS; i++) {
+            int64 row = min(first + i, int64(out_rows - 1));
+            raw[i] = load_once((const uint4*)(weights + (row * cols + col) * F::SIZE));
+        }
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            const float4* p = (const float4*)(x + int64(min(r, rows - 1)) * cols + col);
+#pragma unroll
+            for (int part = 0; part < VECTOR / 4; part++) {
+                float4 v = p[part];
+#pragma unroll
+                for (int i = 0; i < FLOAT_ROWS; i++) {
+                    const uint8* w = (const uint8*)&raw[i] + 4 * part * F::SIZE;
+                    float& sum = acc[i * R + r];
+                    sum = fmaf(F::number(w), v.x, sum);
+                    sum = fmaf(F::number(w + F::SIZE), v.y, sum);
+                    sum = fmaf(F::number(w + 2 * F::SIZE), v.z, sum);
+                    sum = fmaf(F::number(w + 3 * F::SIZE), v.w, sum);
+                }
+            }
+        }
+    }
+    int at = sum_values<SUMS>(acc);
+    constexpr int KEPT = SUMS > WARP ? SUMS / WARP : 1;
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) partial[warp_id()][at + i] = acc[i];
+    __syncthreads();
+    int i = threadIdx.x / R, r = threadIdx.x % R;
+    if (threadIdx.x < SUMS && r < rows && first + i < out_rows) {
+        float total = 0;
+#pragma unroll
+        for (int w = 0; w < FLOAT_WARPS; w++) total = __fadd_rn(total, partial[w][threadIdx.x]);
+        float* to = out + int64(r) * out_rows + first + i;
+        *to = add ? __fadd_rn(*to, total) : total;
+    }
+}
+
+#ifdef ALL_INSTANCES
+#define INSTANCES(F)                                                                          \
+    template __global__ void gemv<F, 1>(const Products, const float*, int, int, int);         \
+    template __global__ void gemv<F, 2>(const Products, const float*, int, int, int);         \
+    template __global__ void gemv<F, 4>(const Products, const float*, int, int, int);
+INSTANCES(Q8_0) INSTANCES(Q4_0) INSTANCES(Q4_1) INSTANCES(Q5_0) INSTANCES(Q5_1) INSTANCES(Q2_K) INSTANCES(Q3_K)
+INSTANCES(Q4_K) INSTANCES(Q5_K) INSTANCES(Q6_K) INSTANCES(IQ4_NL) INSTANCES(IQ4_XS) INSTANCES(MXFP4)
+#define FLOAT_INSTANCES(F, R) template __global__ void gemv_floats<F, R>(const uint8*, const float*, int, int, int, float*, int);
+#define FLOAT_FORMAT(F) FLOAT_INSTANCES(F, 1) FLOAT_INSTANCES(F, 2) FLOAT_INSTANCES(F, 4) FLOAT_INSTANCES(F, 8) FLOAT_INSTANCES(F, 16)
+FLOAT_FORMAT(F32) FLOAT_FORMAT(F16) FLOAT_FORMAT(BF16)
+#endif
