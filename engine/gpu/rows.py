@@ -14,12 +14,12 @@ from numoe.engine.gpu.compiler import module
 if TYPE_CHECKING:
     import cupy as cp
 
-_THREADS = 512
+_THREADS, _ARGMAX_THREADS = 512, 1024
 
 
-def _launch(kernel: str, blocks: int, *args: Any) -> None:
+def _launch(kernel: str, blocks: int, *args: Any, threads: int = _THREADS) -> None:
     if blocks:
-        module("rows").get_function(kernel)((blocks,), (_THREADS,), args)
+        module("rows").get_function(kernel)((blocks,), (threads,), args)
 
 
 def rms_norm(x: cp.ndarray, weight: cp.ndarray, eps: float, out: cp.ndarray, rows: int) -> None:
@@ -40,4 +40,4 @@ def gather(x: cp.ndarray, indices: cp.ndarray, out: cp.ndarray, rows: int) -> No
 
 def argmax(logits: cp.ndarray, out: cp.ndarray, rows: int) -> None:
     """out[i] = the id of the largest of logits[i], the lowest of equals. out: int32 [rows]."""
-    _launch("argmax", rows, logits, np.int32(logits.shape[1]), out)
+    _launch("argmax", rows, logits, np.int32(logits.shape[1]), out, threads=_ARGMAX_THREADS)

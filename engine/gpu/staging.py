@@ -11,19 +11,19 @@ import numpy.typing as npt
 from numoe.engine.gpu.device import cupy
 
 _SLOTS = 2
-_PART_BYTES = 1 << 20  # what one thread copies at a time
 
 
 class Staging:
     """`_SLOTS` pairs of pinned and device buffers of `slot_bytes`; threads fill one while the GPU reads the other."""
 
-    def __init__(self, slot_bytes: int = 32 << 20, threads: int = 4) -> None:
+    def __init__(self, slot_bytes: int = 32 << 20, threads: int = 8) -> None:
         import cupyx
 
         self.slot_bytes = slot_bytes
         self._pinned = [cupyx.empty_pinned(slot_bytes, np.uint8) for _ in range(_SLOTS)]
         self._device = [cupy().empty(slot_bytes, np.uint8) for _ in range(_SLOTS)]
         self._copied = [cupy().cuda.Event(disable_timing=True) for _ in range(_SLOTS)]
+        self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="numoe-stage")
         self._turn = 0
 
@@ -43,11 +43,10 @@ class Staging:
             self._copied[slot].synchronize()
             pinned, device = self._pinned[slot], self._device[slot]
 
-            def fill(start: int, part: npt.NDArray[np.uint8] = part, pinned: npt.NDArray[np.uint8] = pinned) -> None:
-                piece = part[start : start + _PART_BYTES]
-                pinned[start : start + len(piece)] = piece
-
-            list(self._pool.map(fill, range(0, len(part), _PART_BYTES)))
+            piece = -(-len(part) // self._threads)
+            pieces = range(0, len(part), piece)
+            list(self._pool.map(np.copyto, (pinned[i : i + piece][: len(part) - i] for i in pieces),
+                                (part[i : i + piece] for i in pieces)))  # fmt: skip
             device.data.copy_from_host_async(pinned.ctypes.data, len(part))
             self._copied[slot].record()
             yield first, len(part) // row_bytes, device.data.ptr

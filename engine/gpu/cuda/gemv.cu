@@ -7,7 +7,6 @@
 #include "formats.cuh"
 
 constexpr int WARPS = 16, THREADS = WARPS * WARP;
-constexpr int AHEAD = 2;                            // tiles that a warp loads at once, while it computes as many
 constexpr int HIGHEST = 127 * 128;                  // of the integers that stand for x
 constexpr int X_BYTES = 64;                         // of 32 numbers of x: high bytes, low bytes
 
@@ -19,6 +18,11 @@ struct Product {
 struct Products {                                   // of the same x and format
     Product each[4];
     int64 count;
+};
+struct Place {                                      // 16 rows of one of them
+    const uint8* weights;
+    float* out;
+    int out_rows, first_row;
 };
 
 inline void mma32(int (&c)[4], const uint32 (&a)[4], uint2 b) {
@@ -51,45 +55,72 @@ template <class F> struct Activations {
     int rows;
 };
 
-// Blocks first .. last - 1 of x, float32 [rows, cols], by one warp: eight lanes a block, four numbers a lane.
-template <class F> inline void quantize(const Activations<F>& to, const float* x, int cols, int first, int last) {
-    int lane = lane_id(), j = lane % 8;
-    for (int row = 0; row < to.rows; row++)
-        for (int start = first; start < last; start += 4) {
-            int block = start + lane / 8;
-            float4 v = {0, 0, 0, 0};
-            if (block < last && block * BLOCK_COLS < cols) v = *(const float4*)(x + int64(row) * cols + block * BLOCK_COLS + 4 * j);
-            float top = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+// Four numbers of a row of x, columns 4 j .. 4 j + 3 of a block, j = lane % 8; eight lanes do a block together.
+template <class F> inline void quantize(const Activations<F>& to, float4 v, int row, int block, bool inside) {
+    int j = lane_id() % 8;
+    float top = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
 #pragma unroll
-            for (int step = 4; step; step /= 2) top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, step));
-            float inverse = top > 1e-30f ? __fdividef(HIGHEST, top) : 0.0f, scale = __fmul_rn(top, 1.0f / HIGHEST);
-            int q[4] = {__float2int_rn(__fmul_rn(v.x, inverse)), __float2int_rn(__fmul_rn(v.y, inverse)),
-                        __float2int_rn(__fmul_rn(v.z, inverse)), __float2int_rn(__fmul_rn(v.w, inverse))};
-            uint32 high = 0, low = 0;
-            int sum = 0;
+    for (int step = 4; step; step /= 2) top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, step));
+    float inverse = top > 1e-30f ? __fdividef(HIGHEST, top) : 0.0f, scale = __fmul_rn(top, 1.0f / HIGHEST);
+    int q[4] = {__float2int_rn(__fmul_rn(v.x, inverse)), __float2int_rn(__fmul_rn(v.y, inverse)),
+                __float2int_rn(__fmul_rn(v.z, inverse)), __float2int_rn(__fmul_rn(v.w, inverse))};
+    uint32 high = 0, low = 0;
+    int sum = 0;
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int h = (q[i] + 64) >> 7;
-                high |= (h & 255) << 8 * i;
-                low |= (q[i] - 128 * h & 255) << 8 * i;
-                sum += q[i];
-            }
-            if constexpr (F::OFFSET) {
-                sum += __shfl_xor_sync(ALL_LANES, sum, 1);
-                sum += __shfl_xor_sync(ALL_LANES, sum, 2);
-            }
-            int other = F::OFFSET ? __shfl_xor_sync(ALL_LANES, sum, 4) : 0;
-            if (block >= last) continue;
-            int at = block * to.rows + row;
-            uint32* codes = (uint32*)(to.codes + at * X_BYTES) + j % 4 * 2 + j / 4;
-            codes[0] = high, codes[8] = low;
-            float* scales = to.scales + at * Activations<F>::FLOATS;
-            if (j == 0) {
-                scales[0] = scale, scales[1] = __fmul_rn(scale, float(sum + other));
-                if constexpr (Activations<F>::FLOATS == 4) scales[2] = __fmul_rn(scale, float(sum)), scales[3] = __fmul_rn(scale, float(other));
-            }
-        }
+    for (int i = 0; i < 4; i++) {
+        int h = (q[i] + 64) >> 7;
+        high |= (h & 255) << 8 * i;
+        low |= (q[i] - 128 * h & 255) << 8 * i;
+        sum += q[i];
+    }
+    int other = 0;                                  // the sum of the half of the block that is not this lane's
+    if constexpr (F::OFFSET) {
+        sum += __shfl_xor_sync(ALL_LANES, sum, 1);
+        sum += __shfl_xor_sync(ALL_LANES, sum, 2);
+        other = __shfl_xor_sync(ALL_LANES, sum, 4);
+    }
+    if (!inside) return;
+    int at = block * to.rows + row;
+    uint32* codes = (uint32*)(to.codes + at * X_BYTES) + j % 4 * 2 + j / 4;
+    codes[0] = high, codes[8] = low;
+    if (j) return;
+    float* scales = to.scales + at * Activations<F>::FLOATS;
+    scales[0] = scale, scales[1] = __fmul_rn(scale, float(sum + other));
+    if constexpr (Activations<F>::FLOATS == 4) scales[2] = __fmul_rn(scale, float(sum)), scales[3] = __fmul_rn(scale, float(other));
 }
+
+// A warp's reader of blocks first .. last - 1 of x, float32 [rows, cols]: eight lanes a block, eight loads at a time.
+template <int NT> struct Reader {
+    static constexpr int ROWS = NT == 1 ? 4 : 8, BLOCKS = 8 / ROWS;
+    const float* x;
+    int cols, rows, last, block, row;
+    float4 values[BLOCKS][ROWS];
+
+    void load() {
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++)
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                int at = (block + 4 * i) * BLOCK_COLS + 4 * lane_id();
+                bool inside = row + r < rows && block + 4 * i + lane_id() / 8 < last && at < cols;
+                values[i][r] = inside ? *(const float4*)(x + int64(row + r) * cols + at) : make_float4(0, 0, 0, 0);
+            }
+    }
+    template <class F> void quantize_all(const Activations<F>& to) {
+        while (block < last) {
+#pragma unroll
+            for (int i = 0; i < BLOCKS; i++)
+#pragma unroll
+                for (int r = 0; r < ROWS; r++) {
+                    int mine = block + 4 * i + lane_id() / 8;
+                    if (row + r < rows && block + 4 * i < last) quantize<F>(to, values[i][r], row + r, mine, mine < last);
+                }
+            row += ROWS;
+            if (row >= rows) row = 0, block += 4 * BLOCKS;
+            if (block < last) load();
+        }
+    }
+};
 
 // acc += one block of a tile times x. acc[n][i]: row g + 8 i of the tile, row 4 n + t of x.
 template <class F, int NT, int BLOCK>
@@ -128,21 +159,29 @@ inline void multiply_block(float (&acc)[NT][2], const typename F::Tile& tile, co
 // share the columns out among themselves and add up in order. Shared memory: see Activations, then float32
 // [2][WARPS][rows][16].
 template <class F, int NT> __global__ void __launch_bounds__(THREADS, 1)
-gemv(const Products products, const float* x, int cols, int rows, int add) {
+gemv(const __grid_constant__ Products products, const float* x, int cols, int rows, int add) {
+    constexpr int AHEAD = F::WORDS <= 8 && NT < 4 ? 4 : 2;
     extern __shared__ __align__(16) uint8 shared[];
     int tiles = divide_up(cols, TILE_COLS), warp = warp_id(), lane = lane_id();
     int first = tiles * warp / WARPS, last = tiles * (warp + 1) / WARPS, batches = max(1, divide_up(last - first, AHEAD));
     Activations<F> activations = {shared, (float*)(shared + 2 * tiles * rows * X_BYTES), rows};
     float* partial = activations.scales + 2 * tiles * rows * Activations<F>::FLOATS;
 
-    int ends[4], groups = 0;                        // of the products, in groups of 16 rows
+    auto find = [&](int group) {                    // group: 16 rows of all products together
+        Place place = {};
+        int end = 0;
 #pragma unroll
-    for (int i = 0; i < 4; i++) ends[i] = groups += i < products.count ? divide_up(int(products.each[i].out_rows), TILE_ROWS) : 0;
-    auto weights_of = [&](int group) {
-        int i = (group >= ends[0]) + (group >= ends[1]) + (group >= ends[2]);
-        return products.each[i].weights + (group - (i ? ends[i - 1] : 0)) * F::row_bytes(tiles);
+        for (int i = 0; i < 4; i++) {
+            int start = end, out_rows = products.each[i].out_rows;
+            end += i < products.count ? divide_up(out_rows, TILE_ROWS) : 0;
+            if (group >= start && group < end)
+                place = {products.each[i].weights + (group - start) * F::row_bytes(tiles), products.each[i].out,
+                         out_rows, (group - start) * TILE_ROWS};
+        }
+        return place;
     };
 
+    // Tiles that a warp loads at once, while it computes as many.
     typename F::Tile now[AHEAD], next[AHEAD];
     auto load = [&](typename F::Tile (&to)[AHEAD], const uint8* weights, int tile) {
 #pragma unroll
@@ -150,20 +189,21 @@ gemv(const Products products, const float* x, int cols, int rows, int add) {
             if (tile + i < last) F::load(to[i], weights, tile + i, lane);
     };
     int group = blockIdx.x;
-    if (group >= groups) return;
-    const uint8* weights = weights_of(group);
-    load(now, weights, first);
-    quantize<F>(activations, x, cols, 2 * first, 2 * last);
+    Place place = find(group);
+    Reader<NT> reader = {x, cols, rows, 2 * last, 2 * first, 0};
+    reader.load();                                  // before the weights, which keep the memory busy
+    load(now, place.weights, first);
+    reader.quantize_all(activations);
     __syncwarp();
 
-    for (int turn = 0; group < groups; turn ^= 1) {
+    for (int turn = 0; place.weights; turn ^= 1) {
         float acc[NT][2] = {};
-        int following = group + gridDim.x;
-        const uint8* weights_after = following < groups ? weights_of(following) : weights;
+        group += gridDim.x;
+        Place following = find(group);
         for (int batch = 0; batch < batches; batch++) {
             int tile = first + batch * AHEAD;
-            if (batch + 1 < batches) load(next, weights, tile + AHEAD);
-            else if (following < groups) load(next, weights_after, first);
+            if (batch + 1 < batches) load(next, place.weights, tile + AHEAD);
+            else if (following.weights) load(next, following.weights, first);
 #pragma unroll
             for (int i = 0; i < AHEAD; i++)
                 if (tile + i < last) {
@@ -181,16 +221,15 @@ gemv(const Products products, const float* x, int cols, int rows, int add) {
                 p[0] = acc[n][0], p[8] = acc[n][1];
             }
         __syncthreads();
-        int i = (group >= ends[0]) + (group >= ends[1]) + (group >= ends[2]);
-        int row = (group - (i ? ends[i - 1] : 0)) * TILE_ROWS + threadIdx.x % TILE_ROWS, out_rows = products.each[i].out_rows;
-        if (threadIdx.x < TILE_ROWS * rows && row < out_rows) {
+        int row = place.first_row + threadIdx.x % TILE_ROWS;
+        if (threadIdx.x < TILE_ROWS * rows && row < place.out_rows) {
             float total = 0;
 #pragma unroll
             for (int w = 0; w < WARPS; w++) total = __fadd_rn(total, sums[w * TILE_ROWS * rows + threadIdx.x]);
-            float* to = products.each[i].out + int64(threadIdx.x / TILE_ROWS) * out_rows + row;
+            float* to = place.out + int64(threadIdx.x / TILE_ROWS) * place.out_rows + row;
             *to = add ? fmaf(total, F::UNIT, *to) : total * F::UNIT;
         }
-        group = following, weights = weights_after;
+        place = following;
     }
 }
 
@@ -265,9 +304,9 @@ gemv_floats(const uint8* weights, const float* x, int out_rows, int cols, int ro
 
 #ifdef ALL_INSTANCES
 #define INSTANCES(F)                                                                          \
-    template __global__ void gemv<F, 1>(const Products, const float*, int, int, int);         \
-    template __global__ void gemv<F, 2>(const Products, const float*, int, int, int);         \
-    template __global__ void gemv<F, 4>(const Products, const float*, int, int, int);
+    template __global__ void gemv<F, 1>(const __grid_constant__ Products, const float*, int, int, int);         \
+    template __global__ void gemv<F, 2>(const __grid_constant__ Products, const float*, int, int, int);         \
+    template __global__ void gemv<F, 4>(const __grid_constant__ Products, const float*, int, int, int);
 INSTANCES(Q8_0) INSTANCES(Q4_0) INSTANCES(Q4_1) INSTANCES(Q5_0) INSTANCES(Q5_1) INSTANCES(Q2_K) INSTANCES(Q3_K)
 INSTANCES(Q4_K) INSTANCES(Q5_K) INSTANCES(Q6_K) INSTANCES(IQ4_NL) INSTANCES(IQ4_XS) INSTANCES(MXFP4)
 #define FLOAT_INSTANCES(F, R) template __global__ void gemv_floats<F, R>(const uint8*, const float*, int, int, int, float*, int);

@@ -1,7 +1,7 @@
 // Operations on rows of activations, float32 [rows, cols], cols a multiple of 4. One block a row unless told.
 #include "common.cuh"
 
-constexpr int THREADS = 512;
+constexpr int THREADS = 512, ARGMAX_THREADS = WARP * WARP, ARGMAX_LOADS = 8;
 
 // out = x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019); out may be x.
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -49,21 +49,28 @@ inline void warp_first(float& value, int& id) {
 }
 
 // out[row] = the column of the largest logit, the lowest of equals; 0 where all are NaN. Any cols.
-extern "C" __global__ void __launch_bounds__(THREADS) argmax(const float* logits, int cols, int* out) {
-    __shared__ float values[THREADS / WARP];
-    __shared__ int ids[THREADS / WARP];
+extern "C" __global__ void __launch_bounds__(ARGMAX_THREADS) argmax(const float* logits, int cols, int* out) {
+    __shared__ float values[ARGMAX_THREADS / WARP];
+    __shared__ int ids[ARGMAX_THREADS / WARP];
     const float* row = logits + int64(blockIdx.x) * cols;
     float value = -INFINITY;
     int id = 0x7fffffff;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < cols; i += THREADS)
-        if (before(row[i], i, value, id)) value = row[i], id = i;
+    for (int first = threadIdx.x; first < cols; first += ARGMAX_LOADS * ARGMAX_THREADS) {
+        float some[ARGMAX_LOADS];
+#pragma unroll
+        for (int i = 0; i < ARGMAX_LOADS; i++) {
+            int at = first + i * ARGMAX_THREADS;
+            some[i] = at < cols ? row[at] : -INFINITY;
+        }
+#pragma unroll
+        for (int i = 0; i < ARGMAX_LOADS; i++)
+            if (before(some[i], first + i * ARGMAX_THREADS, value, id)) value = some[i], id = first + i * ARGMAX_THREADS;
+    }
     warp_first(value, id);
     if (lane_id() == 0) values[warp_id()] = value, ids[warp_id()] = id;
     __syncthreads();
     if (warp_id()) return;
-    bool mine = lane_id() < THREADS / WARP;
-    value = mine ? values[lane_id()] : -INFINITY, id = mine ? ids[lane_id()] : 0x7fffffff;
+    value = values[lane_id()], id = ids[lane_id()];
     warp_first(value, id);
     if (lane_id() == 0) out[blockIdx.x] = id < cols ? id : 0;
 }
