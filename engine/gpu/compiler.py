@@ -79,7 +79,7 @@ def compile_source(name: str, arch: int) -> bytes:
         log = b" " * check(nvrtc.nvrtcGetProgramLogSize(program))
         check(nvrtc.nvrtcGetProgramLog(program, log))
         raise RuntimeError(f"{name}.cu does not compile for sm_{arch}:\n{log.decode().rstrip(chr(0))}")
-    code = b" " * check(nvrtc.nvrtcGetCUBINSize(program))
+    code: bytes = b" " * check(nvrtc.nvrtcGetCUBINSize(program))
     check(nvrtc.nvrtcGetCUBIN(program, code))
     check(nvrtc.nvrtcDestroyProgram(program))
     return code

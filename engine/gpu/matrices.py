@@ -111,7 +111,7 @@ def _kernels(qtype: QuantType) -> dict[str, Any]:
     else:
         gemv = {f"gemv{4 * n}": f"gemv<{name}, {n}>" for n in (1, 2, 4)}
         other = {what: f"{what}<{name}>" for what in ("repack", "dequantize", "embed")}
-    found = {}
+    found: dict[str, Any] = {}
     for source, kernels in (("gemv", gemv), ("dequantize", other)):
         compiled = module(source, *kernels.values())
         found |= {key: compiled.get_function(full) for key, full in kernels.items()}

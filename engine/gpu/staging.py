@@ -42,11 +42,10 @@ class Staging:
             slot = self._turn = (self._turn + 1) % _SLOTS
             self._copied[slot].synchronize()
             pinned, device = self._pinned[slot], self._device[slot]
-
             piece = -(-len(part) // self._threads)
             pieces = range(0, len(part), piece)
-            list(self._pool.map(np.copyto, (pinned[i : i + piece][: len(part) - i] for i in pieces),
-                                (part[i : i + piece] for i in pieces)))  # fmt: skip
+            parts = [part[i : i + piece] for i in pieces]
+            list(self._pool.map(np.copyto, [pinned[i : i + len(p)] for i, p in zip(pieces, parts, strict=True)], parts))
             device.data.copy_from_host_async(pinned.ctypes.data, len(part))
             self._copied[slot].record()
             yield first, len(part) // row_bytes, device.data.ptr

@@ -71,7 +71,6 @@ template <int LOW_, int HIGH_, Codes CODES_, Scales SCALES_> struct Format {
     static constexpr float UNIT = 1.0f / (1 << ALIGN);
     static constexpr int SCALE_WORDS = SCALES == HALF_MIN ? 4 : SCALES == EXPONENT || SCALES == INT8 ? 1 : 2;
     static constexpr int SUPER_WORDS = !K ? 0 : OFFSET ? 2 : 1;
-    static constexpr int WORDS = LOW + HIGH + SCALE_WORDS + SUPER_WORDS;  // of a lane
     static constexpr int HIGH_AT = 128 * LOW, SCALES_AT = HIGH_AT + 128 * HIGH, TILE_BYTES = SCALES_AT + 32 * SCALE_WORDS;
     static constexpr int SUPER_AT = SUPER_TILES * TILE_BYTES, SUPER_BYTES = SUPER_AT + 32 * SUPER_WORDS;
 

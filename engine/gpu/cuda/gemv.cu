@@ -7,6 +7,7 @@
 #include "formats.cuh"
 
 constexpr int WARPS = 16, THREADS = WARPS * WARP;
+constexpr int AHEAD = 2;                            // tiles to a batch that a warp loads
 constexpr int HIGHEST = 127 * 128;                  // of the integers that stand for x
 constexpr int X_BYTES = 64;                         // of 32 numbers of x: high bytes, low bytes
 
@@ -160,10 +161,9 @@ inline void multiply_block(float (&acc)[NT][2], const typename F::Tile& tile, co
 // [2][WARPS][rows][16].
 template <class F, int NT> __global__ void __launch_bounds__(THREADS, 1)
 gemv(const __grid_constant__ Products products, const float* x, int cols, int rows, int add) {
-    constexpr int AHEAD = F::WORDS <= 8 && NT < 4 ? 4 : 2;
     extern __shared__ __align__(16) uint8 shared[];
     int tiles = divide_up(cols, TILE_COLS), warp = warp_id(), lane = lane_id();
-    int first = tiles * warp / WARPS, last = tiles * (warp + 1) / WARPS, batches = max(1, divide_up(last - first, AHEAD));
+    int first = tiles * warp / WARPS, last = tiles * (warp + 1) / WARPS;
     Activations<F> activations = {shared, (float*)(shared + 2 * tiles * rows * X_BYTES), rows};
     float* partial = activations.scales + 2 * tiles * rows * Activations<F>::FLOATS;
 
@@ -181,55 +181,68 @@ gemv(const __grid_constant__ Products products, const float* x, int cols, int ro
         return place;
     };
 
-    // Tiles that a warp loads at once, while it computes as many.
-    typename F::Tile now[AHEAD], next[AHEAD];
-    auto load = [&](typename F::Tile (&to)[AHEAD], const uint8* weights, int tile) {
+    // A warp goes through its share of the tiles of all its groups, AHEAD at a time, two such batches in flight.
+    struct Cursor {
+        Place place;
+        int group, tile;
+    };
+    auto advance = [&](Cursor& at) {
+        at.tile += AHEAD;
+        if (at.tile >= last) at.tile = first, at.group += gridDim.x, at.place = find(at.group);
+    };
+    typename F::Tile even[AHEAD], odd[AHEAD];
+    Cursor here = {find(blockIdx.x), int(blockIdx.x), first}, ahead = here;
+    auto load = [&](typename F::Tile (&to)[AHEAD]) {
+        if (!ahead.place.weights) return;
 #pragma unroll
         for (int i = 0; i < AHEAD; i++)
-            if (tile + i < last) F::load(to[i], weights, tile + i, lane);
+            if (ahead.tile + i < last) F::load(to[i], ahead.place.weights, ahead.tile + i, lane);
+        advance(ahead);
     };
-    int group = blockIdx.x;
-    Place place = find(group);
+
     Reader<NT> reader = {x, cols, rows, 2 * last, 2 * first, 0};
     reader.load();                                  // before the weights, which keep the memory busy
-    load(now, place.weights, first);
+    load(even);
+    load(odd);
     reader.quantize_all(activations);
     __syncwarp();
 
-    for (int turn = 0; place.weights; turn ^= 1) {
-        float acc[NT][2] = {};
-        group += gridDim.x;
-        Place following = find(group);
-        for (int batch = 0; batch < batches; batch++) {
-            int tile = first + batch * AHEAD;
-            if (batch + 1 < batches) load(next, place.weights, tile + AHEAD);
-            else if (following.weights) load(next, following.weights, first);
+    float acc[NT][2] = {};
+    int turn = 0;
+    auto multiply = [&](typename F::Tile (&tiles)[AHEAD]) {
 #pragma unroll
-            for (int i = 0; i < AHEAD; i++)
-                if (tile + i < last) {
-                    multiply_block<F, NT, 0>(acc, now[i], activations, 2 * (tile + i));
-                    multiply_block<F, NT, 1>(acc, now[i], activations, 2 * (tile + i) + 1);
-                }
-#pragma unroll
-            for (int i = 0; i < AHEAD; i++) now[i] = next[i];
-        }
-        float* sums = partial + turn * WARPS * TILE_ROWS * rows;
-#pragma unroll
-        for (int n = 0; n < NT; n++)
-            if (4 * n + lane % 4 < rows) {
-                float* p = sums + (warp * rows + 4 * n + lane % 4) * TILE_ROWS + lane / 4;
-                p[0] = acc[n][0], p[8] = acc[n][1];
+        for (int i = 0; i < AHEAD; i++)
+            if (here.tile + i < last) {
+                multiply_block<F, NT, 0>(acc, tiles[i], activations, 2 * (here.tile + i));
+                multiply_block<F, NT, 1>(acc, tiles[i], activations, 2 * (here.tile + i) + 1);
             }
-        __syncthreads();
-        int row = place.first_row + threadIdx.x % TILE_ROWS;
-        if (threadIdx.x < TILE_ROWS * rows && row < place.out_rows) {
-            float total = 0;
+        load(tiles);
+        if (here.tile + AHEAD >= last) {
+            float* sums = partial + turn * WARPS * TILE_ROWS * rows;
+            turn ^= 1;
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) total = __fadd_rn(total, sums[w * TILE_ROWS * rows + threadIdx.x]);
-            float* to = place.out + int64(threadIdx.x / TILE_ROWS) * place.out_rows + row;
-            *to = add ? fmaf(total, F::UNIT, *to) : total * F::UNIT;
+            for (int n = 0; n < NT; n++) {
+                if (4 * n + lane % 4 < rows) {
+                    float* p = sums + (warp * rows + 4 * n + lane % 4) * TILE_ROWS + lane / 4;
+                    p[0] = acc[n][0], p[8] = acc[n][1];
+                }
+                acc[n][0] = acc[n][1] = 0;
+            }
+            __syncthreads();
+            int row = here.place.first_row + threadIdx.x % TILE_ROWS;
+            if (threadIdx.x < TILE_ROWS * rows && row < here.place.out_rows) {
+                float total = 0;
+#pragma unroll
+                for (int w = 0; w < WARPS; w++) total = __fadd_rn(total, sums[w * TILE_ROWS * rows + threadIdx.x]);
+                float* to = here.place.out + int64(threadIdx.x / TILE_ROWS) * here.place.out_rows + row;
+                *to = add ? fmaf(total, F::UNIT, *to) : total * F::UNIT;
+            }
         }
-        place = following;
+        advance(here);
+    };
+    while (here.place.weights) {
+        multiply(even);
+        if (here.place.weights) multiply(odd);
     }
 }
 
@@ -237,7 +250,8 @@ gemv(const __grid_constant__ Products products, const float* x, int cols, int ro
 
 constexpr int FLOAT_WARPS = 8, FLOAT_ROWS = 4;
 
-// Sums of N values over a warp: value i ends in v[i % (N / 32)] ... of the lanes that `index` names.
+// Sums of N values over a warp, each by the same tree. The lane is left with one (with N / 32) of them in v,
+// the result being the index of the first.
 template <int N, int STEP = 16> inline int sum_values(float* v) {
     if constexpr (STEP == 0) return 0;
     else if constexpr (N == 1) {
@@ -302,14 +316,10 @@ gemv_floats(const uint8* weights, const float* x, int out_rows, int cols, int ro
     }
 }
 
-#ifdef ALL_INSTANCES
-#define INSTANCES(F)                                                                          \
-    template __global__ void gemv<F, 1>(const __grid_constant__ Products, const float*, int, int, int);         \
-    template __global__ void gemv<F, 2>(const __grid_constant__ Products, const float*, int, int, int);         \
-    template __global__ void gemv<F, 4>(const __grid_constant__ Products, const float*, int, int, int);
+#ifdef ALL_INSTANCES  // for the compiler: of every format, one number of rows is enough
+#define INSTANCES(F) template __global__ void gemv<F, 4>(const __grid_constant__ Products, const float*, int, int, int);
 INSTANCES(Q8_0) INSTANCES(Q4_0) INSTANCES(Q4_1) INSTANCES(Q5_0) INSTANCES(Q5_1) INSTANCES(Q2_K) INSTANCES(Q3_K)
 INSTANCES(Q4_K) INSTANCES(Q5_K) INSTANCES(Q6_K) INSTANCES(IQ4_NL) INSTANCES(IQ4_XS) INSTANCES(MXFP4)
 #define FLOAT_INSTANCES(F, R) template __global__ void gemv_floats<F, R>(const uint8*, const float*, int, int, int, float*, int);
-#define FLOAT_FORMAT(F) FLOAT_INSTANCES(F, 1) FLOAT_INSTANCES(F, 2) FLOAT_INSTANCES(F, 4) FLOAT_INSTANCES(F, 8) FLOAT_INSTANCES(F, 16)
-FLOAT_FORMAT(F32) FLOAT_FORMAT(F16) FLOAT_FORMAT(BF16)
+FLOAT_INSTANCES(F32, 8) FLOAT_INSTANCES(F16, 8) FLOAT_INSTANCES(BF16, 8)
 #endif
