@@ -104,7 +104,9 @@ def _unit_scales(place: int, column: int, dim: int) -> None:
 @inline
 def q8_scores(product: int, queries: int, heads: int, dim: int, keys: int, blocks: int, scores: int) -> None:
     """Scores of `heads` queries, 8-bit rows whose addresses lie at `queries`, against blocks of 16 tokens."""
-    call_product(product, keys, dim // 32 * _TILE, blocks, dim // 32, 0, queries, heads, scores, SCORES_STRIDE)
+    group_bytes = dim // 32 * _TILE
+    ahead = keys + blocks * group_bytes
+    call_product(product, keys, group_bytes, blocks, dim // 32, 0, queries, heads, scores, SCORES_STRIDE, ahead)
 
 
 @inline
@@ -141,4 +143,6 @@ def q8_values(
             first = v.fill_from_lane(first, left, np.float32(0.0))
             second = v.fill_from_lane(second, np.int32(left - 16), np.float32(0.0))
             _quantize_weights(first, second, row + 32 * block, row + 32 * blocks + META_BYTES * block)
-    call_product(product, values, _COLUMNS * _TILE, dim // 16, blocks, 0, pointers, heads, out, stride)
+    group_bytes, groups = _COLUMNS * _TILE, dim // 16
+    ahead = values + groups * group_bytes
+    call_product(product, values, group_bytes, groups, blocks, 0, pointers, heads, out, stride, ahead)

@@ -27,17 +27,18 @@ What then remains goes one by one. A group of eight query heads, or eight stream
 PREFETCH_BYTES = 4096
 """How far ahead of its use a weight is fetched: a core's share of the bandwidth, for the time memory takes."""
 
-product_signature = types.void(*[types.intp] * 9)
+product_signature = types.void(*[types.intp] * 10)
 unpack_signature = types.void(*[types.intp] * 5)
 
 
 @inline
-def _tile_step(name: Any, acc: Any, w: int, block: int, tile_bytes: int, shared: int, x: Any, blocks: int) -> Any:
-    """Block number `block` of one group times the tile's activation rows, and what lies ahead of it fetched."""
-    p = w + block * tile_bytes
-    for line in range(0, tile_bytes, 64):
-        v.prefetch(p + PREFETCH_BYTES + line)
-    return block_product(name, acc, p, shared, x, blocks * 32, block)
+def _fetch(p: int, end: int, ahead: int, nbytes: int) -> None:
+    """Fetch `nbytes` that lie PREFETCH_BYTES behind `p`, or, beyond `end`, that far behind `ahead`."""
+    place = p + PREFETCH_BYTES
+    if place >= end:
+        place += ahead - end
+    for line in range(0, nbytes, 64):
+        v.prefetch(place + line)
 
 
 @inline
@@ -49,7 +50,9 @@ def _run_tile(
     x = tile.tile_pointers(acc, rows)
     shared, until = w + blocks * tile_bytes, super_blocks - phase
     for block in range(blocks):
-        acc = _tile_step(name, acc, w, block, tile_bytes, shared, x, blocks)
+        p = w + block * tile_bytes
+        _fetch(p, p, p, tile_bytes)
+        acc = block_product(name, acc, p, shared, x, blocks * 32, block)
         if super_bytes:
             until -= 1
             if until == 0:
@@ -60,14 +63,20 @@ def _run_tile(
 @inline
 def _run_pair(
     name: Any, acc: Any, tile_bytes: int, super_bytes: int, super_blocks: int,
-    w: int, apart: int, blocks: int, phase: int, rows: int, out: int, out_apart: int, stride: int,
+    w: int, apart: int, end: int, ahead: int, blocks: int, phase: int, rows: int, out: int, out_apart: int, stride: int,
 ) -> None:  # fmt: skip
-    """Two groups of weights, `apart` bytes from each other, side by side: memory likes two streams better than one."""
+    """Two groups of weights, `apart` bytes from each other, side by side: memory likes two streams better than one.
+
+    The first stream ends at `end` and goes on at `ahead`, the second `apart` bytes behind.
+    """
     x, first, second = tile.tile_pointers(acc, rows), acc, acc
     shared, until = w + blocks * tile_bytes, super_blocks - phase
     for block in range(blocks):
-        first = _tile_step(name, first, w, block, tile_bytes, shared, x, blocks)
-        second = _tile_step(name, second, w + apart, block, tile_bytes, shared + apart, x, blocks)
+        p = w + block * tile_bytes
+        _fetch(p, end, ahead, tile_bytes)
+        first = block_product(name, first, p, shared, x, blocks * 32, block)
+        _fetch(p + apart, end + apart, ahead + apart, tile_bytes)
+        second = block_product(name, second, p + apart, shared + apart, x, blocks * 32, block)
         if super_bytes:
             until -= 1
             if until == 0:
@@ -78,22 +87,25 @@ def _run_pair(
 
 @cache
 def product_kernel(qtype: QuantType) -> Any:
-    """The kernel (w, group_bytes, groups, blocks, phase, rows, n, out, stride) of a format.
+    """The kernel (w, group_bytes, groups, blocks, phase, rows, n, out, stride, ahead) of a format.
 
     It multiplies `groups` groups of 16 weight rows, packed at `w`, `group_bytes` from group to
     group, each of `blocks` blocks of 32 columns, the first at `phase` in its super, with `n`
     activation rows whose addresses are int64 at `rows`, and writes float32 [n, 16 groups] at `out`,
-    `stride` bytes from row to row. `.address` is its C function's.
+    `stride` bytes from row to row. `ahead` is the `w` of the call that is likely to follow, whose first
+    weights are fetched meanwhile. `.address` is the kernel's C function's.
     """
     form, (many, some) = packed_format(qtype), TILE_ROWS
     name, tile_bytes, super_bytes, super_blocks = form.name, form.tile_bytes, form.super_bytes, form.super_blocks
 
     @cfunc(product_signature, nopython=True, cache=True, error_model="numpy")
     def product(
-        w: int, group_bytes: int, groups: int, blocks: int, phase: int, rows: int, n: int, out: int, stride: int
-    ) -> None:
+        w: int, group_bytes: int, groups: int, blocks: int, phase: int, rows: int, n: int, out: int, stride: int,
+        ahead: int,
+    ) -> None:  # fmt: skip
         # Group g goes with group g + half: each of the two streams reads from front to end.
         half, tiled = (groups + 1) // 2, n - n % many
+        end = w + half * group_bytes
         for g in range(half):
             for k in range(g, groups, half):
                 for i in range(0, tiled, many):
@@ -105,14 +117,14 @@ def product_kernel(qtype: QuantType) -> Any:
             while n - i >= some:
                 _run_pair(
                     name, tile.tile_zero(some), tile_bytes, super_bytes, super_blocks,
-                    w + g * group_bytes, other * group_bytes, blocks, phase, rows + 8 * i,
+                    w + g * group_bytes, other * group_bytes, end, ahead, blocks, phase, rows + 8 * i,
                     out + 64 * g + i * stride, 64 * other, stride,
                 )  # fmt: skip
                 i += some
             while n - i >= 1:
                 _run_pair(
                     name, tile.tile_zero(1), tile_bytes, super_bytes, super_blocks,
-                    w + g * group_bytes, other * group_bytes, blocks, phase, rows + 8 * i,
+                    w + g * group_bytes, other * group_bytes, end, ahead, blocks, phase, rows + 8 * i,
                     out + 64 * g + i * stride, 64 * other, stride,
                 )  # fmt: skip
                 i += 1

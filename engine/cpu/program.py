@@ -19,7 +19,7 @@ from numba import cfunc, njit, types
 
 from numoe.engine.cpu import memory
 from numoe.engine.cpu.memory import inline
-from numoe.engine.cpu.sync import barrier, call_kernel, now_ns
+from numoe.engine.cpu.sync import TEAM_SPINS, barrier, call_kernel, now_ns
 
 kernel_signature = types.void(*[types.intp] * 4)
 
@@ -69,17 +69,22 @@ def share(count: int, thread: int, threads: int) -> tuple[int, int]:
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def run_program(operations: int, count: int, step: int, place: int, thread: int, threads: int, spins: int) -> None:
-    """Run a program on one of `threads` threads; stops where a kernel that may fail sets FAILED."""
+    """Run a program on one of `threads` threads; stops where a kernel that may fail sets FAILED.
+
+    spins: of the barrier after such a kernel, which waits for somebody else; others are TEAM_SPINS.
+    """
     start = now_ns()
     for i in range(count):
         op = operations + 8 * _OPERATION_FIELDS * i
         call_kernel(memory.field(op, _KERNEL), memory.field(op, _ARGS), step, thread, threads)
-        if memory.field(op, _BARRIER):
+        if memory.field(op, _BARRIER) == _MAY_FAIL:
             barrier(place, threads, spins)
-            if memory.field(op, _BARRIER) == _MAY_FAIL and memory.field(step, FAILED):
+            if memory.field(step, FAILED):
                 # Until everybody has seen it: the next run clears the field.
-                barrier(place, threads, spins)
+                barrier(place, threads, TEAM_SPINS)
                 return
+        elif memory.field(op, _BARRIER):
+            barrier(place, threads, TEAM_SPINS)
         if thread == 0:
             end = now_ns()
             part = TIMES + memory.field(op, _PART)
@@ -99,8 +104,8 @@ class Program:
     ) -> None:
         """Append a kernel with its record.
 
-        `wait` puts a barrier after it. `may_fail`: it may set FAILED, which ends the program there;
-        the next kernel must not be another one.
+        `wait` puts a barrier after it. `may_fail`: it waits for somebody else and may set FAILED, which
+        ends the program there; the next kernel must not be another one.
         """
         fields = memory.record(args)
         self.records.append(fields)

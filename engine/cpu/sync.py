@@ -75,14 +75,14 @@ def call_kernel(b: Builder, f: Value, args: Value, step: Value, thread: Value, t
     b.call(b.inttoptr(f, kind.as_pointer()), [args, step, thread, threads])
 
 
-@operation(types.void, *[addr] * 10)
+@operation(types.void, *[addr] * 11)
 def call_product(
     b: Builder, f: Value, w: Value, group_bytes: Value, groups: Value, blocks: Value, phase: Value,
-    rows: Value, n: Value, out: Value, stride: Value,
+    rows: Value, n: Value, out: Value, stride: Value, ahead: Value,
 ) -> None:  # fmt: skip
     """Call the product kernel at address `f`: see `products.py`."""
-    kind = ir.FunctionType(ir.VoidType(), [_I64] * 9)
-    b.call(b.inttoptr(f, kind.as_pointer()), [w, group_bytes, groups, blocks, phase, rows, n, out, stride])
+    kind = ir.FunctionType(ir.VoidType(), [_I64] * 10)
+    b.call(b.inttoptr(f, kind.as_pointer()), [w, group_bytes, groups, blocks, phase, rows, n, out, stride, ahead])
 
 
 @operation(types.void, addr, addr, addr, addr, addr, addr)
@@ -200,6 +200,13 @@ def wake_word(address: int) -> None:
     )
 
 
-def default_spins(threads_on_host: int) -> int:
-    """How often a wait looks before it parks: briefly where the cores are shared, else for about 50 µs."""
+TEAM_SPINS = 5000
+"""How often a wait among threads that all are at work looks before it parks: about 200 µs, longer than they differ.
+
+To be woken takes 50 µs, as long as some of a step's kernels.
+"""
+
+
+def handoff_spins(threads_on_host: int) -> int:
+    """How often a wait for the other side of the mailbox looks: briefly where it needs the same cores."""
     return 200 if threads_on_host > len(os.sched_getaffinity(0)) else 2000

@@ -13,12 +13,13 @@ from numoe.engine.cpu.program import run_program
 from numoe.engine.cpu.sync import (
     BARRIER_BYTES,
     CACHE_LINE,
+    TEAM_SPINS,
     atomic_add,
     atomic_load,
     atomic_store,
     await_counter,
-    default_spins,
     futex_wake_all,
+    handoff_spins,
     publish,
 )
 
@@ -33,10 +34,10 @@ _PARK_NS = 10_000_000_000
 @njit(nogil=True, error_model="numpy", cache=True)
 def _member(team: int, thread: int) -> None:
     """A thread other than the leader: run every program that the leader starts."""
-    words, spins = memory.field(team, _WORDS), memory.field(team, _SPINS)
+    words = memory.field(team, _WORDS)
     wanted = np.uint32(1)
     while True:
-        started = await_counter(words + _GENERATION, words + _SLEEPERS, wanted, spins, _PARK_NS)
+        started = await_counter(words + _GENERATION, words + _SLEEPERS, wanted, TEAM_SPINS, _PARK_NS)
         if atomic_load(words + _STOP):
             return
         if started:
@@ -81,7 +82,7 @@ class ThreadTeam:
     def __init__(self, threads: int, threads_on_host: int) -> None:
         self.threads = threads
         self._words = memory.aligned_bytes(_WORD_BYTES)
-        self._spins = default_spins(threads_on_host)
+        self._spins = handoff_spins(threads_on_host)
         self._record = memory.record([0, 0, 0, threads, self._spins, memory.address(self._words)])
         self._address = memory.address(self._record)
         self._members = [

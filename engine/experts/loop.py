@@ -22,6 +22,7 @@ from numoe.engine.cpu import simd as v
 from numoe.engine.cpu.memory import field, inline, set_field
 from numoe.engine.cpu.rows import quantize_block, silu_mul
 from numoe.engine.cpu.sync import (
+    TEAM_SPINS,
     atomic_add,
     atomic_load,
     atomic_store,
@@ -103,11 +104,16 @@ def _group_pairs(shard: int, rows: int, scratch: int) -> int:
 
 
 @inline
-def _product(matrix: int, expert: int, group: int, groups: int, rows: int, n: int, out: int, stride: int) -> None:
-    """`groups` groups of an expert's matrix times `n` rows whose addresses lie at `rows`."""
+def _place(matrix: int, expert: int, group: int) -> int:
+    """Where a group of an expert's matrix begins."""
+    return field(matrix, ADDRESS) + expert * field(matrix, EXPERT_STRIDE) + group * field(matrix, GROUP_STRIDE)
+
+
+@inline
+def _product(matrix: int, w: int, groups: int, rows: int, n: int, out: int, stride: int, ahead: int) -> None:
+    """`groups` groups of a matrix from `w` on times `n` rows whose addresses lie at `rows`; see `products.py`."""
     group_bytes, blocks, phase = field(matrix, GROUP_STRIDE), field(matrix, MATRIX_BLOCKS), field(matrix, PHASE)
-    w = field(matrix, ADDRESS) + expert * field(matrix, EXPERT_STRIDE) + group * group_bytes
-    call_product(field(matrix, KERNEL), w, group_bytes, groups, blocks, phase, rows, n, out, stride)
+    call_product(field(matrix, KERNEL), w, group_bytes, groups, blocks, phase, rows, n, out, stride, ahead)
 
 
 @inline
@@ -123,16 +129,20 @@ def _row_pointers(shard: int, matrix: int, pairs: int, n: int, pointers: int) ->
 
 
 @inline
-def _gate_up(shard: int, layer: int, expert: int, block: int, first: int, n: int, scratch: int) -> None:
-    """SwiGLU of 32 intermediate columns for `n` pairs, the first being number `first` in sorted order."""
+def _gate_up(shard: int, layer: int, expert: int, block: int, first: int, n: int, scratch: int, ahead: int) -> None:
+    """SwiGLU of 32 intermediate columns for `n` pairs, the first being number `first` in sorted order.
+
+    ahead: where the unit that is likely to follow begins.
+    """
     pairs = scratch + field(shard, PAIRS_OFFSET) + 4 * first
     pointers, gate = scratch + field(shard, POINTERS_OFFSET), scratch + field(shard, TILE_OFFSET)
     up = gate + 128 * n
     _row_pointers(shard, layer + 8 * GATE, pairs, n, pointers)
-    _product(layer + 8 * GATE, expert, 2 * block, 2, pointers, n, gate, 128)
+    gate_w, up_w = _place(layer + 8 * GATE, expert, 2 * block), _place(layer + 8 * UP, expert, 2 * block)
+    _product(layer + 8 * GATE, gate_w, 2, pointers, n, gate, 128, up_w)
     if field(layer + 8 * UP, IS_Q8) != field(layer + 8 * GATE, IS_Q8):
         _row_pointers(shard, layer + 8 * UP, pairs, n, pointers)
-    _product(layer + 8 * UP, expert, 2 * block, 2, pointers, n, up, 128)
+    _product(layer + 8 * UP, up_w, 2, pointers, n, up, 128, ahead)
     cols = 32 * field(shard, BLOCKS)
     for i in range(n):
         a = silu_mul(v.load_f32(gate + 128 * i), v.load_f32(up + 128 * i))
@@ -153,6 +163,7 @@ def _down(shard: int, layer: int, group: int, active: int, scratch: int, rows: i
     out, last = field(shard, PARTIALS), min(group + _CLAIM_GROUPS, hidden // 16)
     pairs, experts = scratch + field(shard, PAIRS_OFFSET), scratch + 4 * (field(shard, EXPERTS) + 1)
     tile, weights = scratch + field(shard, TILE_OFFSET), field(shard, WEIGHTS)
+    later = min(group + field(shard, THREADS) * _CLAIM_GROUPS, hidden // 16 - 1)  # the thread's next, probably
     pointers = field(shard, H_Q8_POINTERS) if field(layer + 8 * DOWN, IS_Q8) else field(shard, H_F32_POINTERS)
     for row in range(rows):
         for g in range(group, last):
@@ -162,7 +173,10 @@ def _down(shard: int, layer: int, group: int, active: int, scratch: int, rows: i
         first = np.intp(v.load_scalar_i32(scratch + 4 * expert))
         n = np.intp(v.load_scalar_i32(scratch + 4 * (expert + 1))) - first
         groups, stride = last - group, 64 * _CLAIM_GROUPS
-        _product(layer + 8 * DOWN, expert, group, groups, pointers + 8 * first, n, tile, stride)
+        w = _place(layer + 8 * DOWN, expert, group)
+        following = np.intp(v.load_scalar_i32(experts + 4 * ((a + 1) % active)))
+        ahead = _place(layer + 8 * DOWN, following, group if a + 1 < active else later)
+        _product(layer + 8 * DOWN, w, groups, pointers + 8 * first, n, tile, stride, ahead)
         for i in range(n):
             pair = np.intp(v.load_scalar_i32(pairs + 4 * (first + i)))
             weight = v.splat_f32(v.load_scalar_f32(weights + 4 * pair))
@@ -186,8 +200,12 @@ def _serve(shard: int, layer: int, rows: int, scratch: int) -> None:
         expert = np.intp(v.load_scalar_i32(experts + 4 * (unit // blocks)))
         first = np.intp(v.load_scalar_i32(scratch + 4 * expert))
         n = np.intp(v.load_scalar_i32(scratch + 4 * (expert + 1))) - first
-        _gate_up(shard, layer, expert, unit % blocks, first, n, scratch)
-    barrier(field(shard, BARRIER), field(shard, THREADS), field(shard, SPINS))
+        # Threads take about equally long: this one's next unit is likely to be as far on as there are threads.
+        following = min(unit + field(shard, THREADS), active * blocks - 1)
+        later = np.intp(v.load_scalar_i32(experts + 4 * (following // blocks)))
+        ahead = _place(layer + 8 * GATE, later, 2 * (following % blocks))
+        _gate_up(shard, layer, expert, unit % blocks, first, n, scratch, ahead)
+    barrier(field(shard, BARRIER), field(shard, THREADS), TEAM_SPINS)
     while True:
         group = np.intp(atomic_add(counters + _STAGE2, np.uint32(1))) * _CLAIM_GROUPS
         if group >= field(shard, HIDDEN) // 16:

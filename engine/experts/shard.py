@@ -13,7 +13,7 @@ from numoe.engine.cpu.memory import address, align, aligned_bytes, aligned_copy,
 from numoe.engine.cpu.packing import pack
 from numoe.engine.cpu.products import product_kernel
 from numoe.engine.cpu.rows import activation_bytes
-from numoe.engine.cpu.sync import BARRIER_BYTES, CACHE_LINE, default_spins
+from numoe.engine.cpu.sync import BARRIER_BYTES, CACHE_LINE, handoff_spins
 from numoe.engine.experts.loop import LAYER_FIELDS, SHARD_FIELDS, shard_loop
 from numoe.engine.experts.mailbox import REQUEST_SEQUENCE, Mailbox
 from numoe.engine.formats import BLOCK_COLS, Shape, shape_of
@@ -89,7 +89,7 @@ class ExpertShard:
         *, folder: Path, threads: int, threads_on_host: int,
     ) -> None:  # fmt: skip
         self._config, self._gguf, self._mailbox, self._cut = config, gguf, mailbox, cut
-        self._threads, self._spins = threads, default_spins(threads_on_host)
+        self._threads, self._spins = threads, handoff_spins(threads_on_host)
         self._plan = plan_slice(config, gguf, cut)
         self.nbytes = slice_bytes(self._plan)
         self.progress = Progress(self.nbytes)

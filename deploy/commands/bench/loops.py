@@ -55,7 +55,8 @@ def products(
     """
     for group in range(first, last, PRODUCT_GROUPS):
         w, groups = weights + group * group_bytes, min(PRODUCT_GROUPS, last - group)
-        call_product(kernel, w, group_bytes, groups, blocks, 0, pointers, rows, out, 64 * PRODUCT_GROUPS)
+        stride, ahead = 64 * PRODUCT_GROUPS, w + groups * group_bytes
+        call_product(kernel, w, group_bytes, groups, blocks, 0, pointers, rows, out, stride, ahead)
 
 
 @njit(nogil=True, error_model="numpy", cache=True)

@@ -64,6 +64,6 @@ class Matrix:
         shape = self.shape
         kernel(
             self.group(0), shape.group_bytes, shape.groups, shape.blocks, shape.phase,
-            address(pointers), n, address(out), out.strides[0],
+            address(pointers), n, address(out), out.strides[0], self.group(0),
         )  # fmt: skip
         return out[:, : self.shape.rows]

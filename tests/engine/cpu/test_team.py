@@ -13,7 +13,7 @@ from numba import njit
 
 from numoe.engine.cpu.memory import address, field, float_field, record, set_field
 from numoe.engine.cpu.program import FAILED, N_ROWS, STEP_FIELDS, Program, kernel, share
-from numoe.engine.cpu.sync import default_spins
+from numoe.engine.cpu.sync import handoff_spins
 from numoe.engine.cpu.team import ThreadTeam
 
 
@@ -139,4 +139,4 @@ def test_records_hold_integers_addresses_and_floats() -> None:
 
 
 def test_waits_spin_longer_where_each_thread_has_a_core_of_its_own() -> None:
-    assert default_spins(threads_on_host=1) > default_spins(threads_on_host=10**6) > 0
+    assert handoff_spins(threads_on_host=1) > handoff_spins(threads_on_host=10**6) > 0
