@@ -36,7 +36,7 @@ class AttentionActor:
         from numoe.engine.progress import Progress
         from numoe.engine.scheduler import Scheduler, SchedulerConfig
         from numoe.engine.worker.engine import Engine
-        from numoe.engine.worker.forward import CpuForward, ForwardOptions
+        from numoe.engine.worker.options import ForwardOptions
 
         plan, gguf = self._plan, GgufFile.open(self._plan.model)
         options = ForwardOptions(
@@ -49,7 +49,11 @@ class AttentionActor:
             kv_type=plan.kv_type,
         )
         self._progress = Progress(plan.dense_bytes)
-        self._forward = CpuForward(ModelConfig.from_gguf(gguf), gguf, self._mailbox, options, self._progress)
+        if plan.gpu:
+            from numoe.engine.gpu.forward import GpuForward as Forward
+        else:
+            from numoe.engine.worker.forward import CpuForward as Forward
+        self._forward = Forward(ModelConfig.from_gguf(gguf), gguf, self._mailbox, options, self._progress)
         scheduler = Scheduler(
             SchedulerConfig(
                 slots=plan.slots,
@@ -62,6 +66,10 @@ class AttentionActor:
         self._engine = Engine(scheduler, self._forward, self._push)
         self._gateway: Any = None
         gguf.close()
+
+    def attach_experts(self) -> None:
+        """The shards have loaded: what needs their weights may look at them."""
+        self._forward.attach_experts(self._folder)
 
     def progress(self) -> tuple[int, int, float]:
         """Bytes loaded, bytes to load, seconds; zeros before `initialize`."""

@@ -14,6 +14,9 @@ from numoe.engine.experts.mailbox import MailboxLayout
 from numoe.engine.experts.shard import ShardSlice, plan_slice, slice_bytes
 from numoe.engine.formats import shape_of
 from numoe.engine.gguf import GgufFile
+from numoe.engine.gpu.device import Device
+from numoe.engine.gpu.kv_pool import GpuKvPool, check_kv_type
+from numoe.engine.gpu.weights import dense_bytes, work_bytes
 from numoe.engine.kv.pages import pages_for
 from numoe.engine.models.config import ModelConfig
 from numoe.engine.worker.kv_pool import F16, KvPool, KvType
@@ -22,8 +25,12 @@ from numoe.engine.worker.weights import dense_tensor_names
 DEFAULT_CONTEXT = 8192
 DEFAULT_SLOTS = 4
 DEFAULT_CHUNK = 256
+DEFAULT_GPU_CHUNK = 2048
 DEFAULT_QUEUE = 64
 MAX_SLOTS = 256
+DEVICES = ("auto", "cpu", "gpu")
+GPU_RESERVE = 1 << 30
+"""Bytes of VRAM that are left to CUDA's context, its libraries' workspaces and captured graphs."""
 _SHM_FREE = Path("/dev/shm")  # noqa: S108 - that is where weights live
 
 
@@ -33,7 +40,7 @@ class PlanOptions:
 
     context: tokens of a request at most. slots: requests that run at once. threads: of all shards
     together, and of the attention worker. shards: expert shards. chunk: prompt tokens a step.
-    queue: requests that may wait. kv_type: of the KV cache.
+    queue: requests that may wait. kv_type: of the KV cache. device: where attention runs, one of DEVICES.
     """
 
     context: int | None = None
@@ -43,6 +50,7 @@ class PlanOptions:
     chunk: int | None = None
     queue: int | None = None
     kv_type: KvType = F16
+    device: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +67,8 @@ class ShardPlacement:
 class Plan:
     """Everything the actors need to know to start; a value that is sent to each of them.
 
-    cpus: processors that may be used. dense_bytes: of the attention side's weights. kv_bytes: of
-    its pages.
+    cpus: processors that may be used. gpu: where attention runs, None for the CPUs. dense_bytes: of
+    the attention side's weights. kv_bytes: of its pages. work_bytes: of a GPU's buffers.
     """
 
     model: str
@@ -71,10 +79,12 @@ class Plan:
     n_pages: int
     kv_type: KvType
     cpus: int
+    gpu: Device | None
     attention_threads: int
     shards: tuple[ShardPlacement, ...]
     dense_bytes: int
     kv_bytes: int
+    work_bytes: int
     mailbox: MailboxLayout | None
 
     @property
@@ -93,18 +103,31 @@ class Plan:
         return sum(shard.nbytes for shard in self.shards) + (self.mailbox.nbytes if self.mailbox else 0)
 
     @property
+    def attention_bytes(self) -> int:
+        """Bytes that the attention side takes, in memory or in VRAM."""
+        return self.dense_bytes + self.kv_bytes + self.work_bytes
+
+    @property
     def total_bytes(self) -> int:
-        """Bytes of memory that the model and its caches take."""
-        return self.shared_bytes + self.dense_bytes + self.kv_bytes
+        """Bytes of memory that the model and its caches take, in VRAM not counted."""
+        return self.shared_bytes + (0 if self.gpu else self.attention_bytes)
 
 
 def make_plan(config: ModelConfig, gguf: GgufFile, topology: Topology, options: PlanOptions) -> Plan:
     """Place a model on a host; InputError for options that make no sense."""
-    options.kv_type.check(config)
+    if options.device not in DEVICES:
+        raise InputError(f"--device {options.device} is not one of {', '.join(DEVICES)}")
+    gpu = None if options.device == "cpu" else topology.gpu
+    if gpu:
+        check_kv_type(config, options.kv_type)
+    else:
+        options.kv_type.check(config)
     slots = _positive("--parallel", options.slots, DEFAULT_SLOTS, MAX_SLOTS)
     context = _positive("--ctx-size", options.context, min(config.context, DEFAULT_CONTEXT), config.context)
-    chunk = _positive("--chunk", options.chunk, min(DEFAULT_CHUNK, context), 8192)
-    threads = _positive("--threads", options.threads, topology.cpus, 4096)
+    chunk = _positive("--chunk", options.chunk, min(DEFAULT_GPU_CHUNK if gpu else DEFAULT_CHUNK, context), 8192)
+    # One processor is left to the worker and the gateway where the shards' threads spin for a GPU.
+    spare = 1 if gpu and topology.cpus > 2 else 0
+    threads = _positive("--threads", options.threads, topology.cpus - spare, 4096)
     queue = _positive("--queue", options.queue, DEFAULT_QUEUE, 1 << 20)
     pages = slots * pages_for(context)
     shards: tuple[ShardPlacement, ...] = ()
@@ -113,6 +136,7 @@ def make_plan(config: ModelConfig, gguf: GgufFile, topology: Topology, options: 
         count = _positive("--shards", options.shards, len(topology.nodes), config.moe.ffn // 32)
         shards = _place_shards(config, gguf, topology, count, threads)
         mailbox = MailboxLayout(count, chunk + slots, config.moe.n_used, config.hidden)
+    names = dense_tensor_names(gguf)
     return Plan(
         model=str(gguf.path.resolve()),
         context=context,
@@ -122,10 +146,12 @@ def make_plan(config: ModelConfig, gguf: GgufFile, topology: Topology, options: 
         n_pages=pages,
         kv_type=options.kv_type,
         cpus=topology.cpus,
-        attention_threads=threads,
+        gpu=gpu,
+        attention_threads=1 if gpu else threads,
         shards=shards,
-        dense_bytes=sum(_packed_bytes(gguf, name) for name in dense_tensor_names(gguf)),
-        kv_bytes=KvPool.nbytes(config, pages, options.kv_type),
+        dense_bytes=dense_bytes(gguf, names) if gpu else sum(_packed_bytes(gguf, name) for name in names),
+        kv_bytes=(GpuKvPool if gpu else KvPool).nbytes(config, pages, options.kv_type),
+        work_bytes=work_bytes(config, gguf, len(shards), chunk + slots) if gpu else 0,
         mailbox=mailbox,
     )
 
@@ -143,10 +169,17 @@ def _place_shards(
 
 
 def check_memory(plan: Plan, available: int | None = None, shared: int | None = None) -> None:
-    """ResourceError, saying how much is missing, if the plan does not fit the host's free memory.
+    """ResourceError, saying how much is missing, if the plan does not fit the free memory of host and GPU.
 
     available, shared: free bytes of memory and of /dev/shm, default what the host has now.
     """
+    if plan.gpu and plan.attention_bytes + GPU_RESERVE > plan.gpu.free_bytes:
+        raise ResourceError(
+            f"attention needs {_gb(plan.attention_bytes + GPU_RESERVE)} of VRAM ({_gb(plan.dense_bytes)} weights, "
+            f"{_gb(plan.kv_bytes)} KV cache, {_gb(plan.work_bytes)} buffers, {_gb(GPU_RESERVE)} reserve) and "
+            f"{plan.gpu.name} has {_gb(plan.gpu.free_bytes)} free: lower --ctx-size, --parallel or --chunk, choose "
+            "--cache-type-k q8_0 --cache-type-v q8_0, or --device cpu"
+        )
     available = psutil.virtual_memory().available if available is None else available
     if plan.total_bytes > available:
         raise ResourceError(

@@ -98,6 +98,7 @@ class Supervisor:
             worker, shards = self._member("attention"), self._of("expert")
             _get(worker.handle.create_mailbox.remote())
             _get([member.handle.initialize.remote() for member in [worker, *shards]])
+            _get(worker.handle.attach_experts.remote())
             if self._listen is not None:
                 gateway = self._member("gateway")
                 supervisor = ray.get_runtime_context().current_actor
@@ -118,11 +119,13 @@ class Supervisor:
     def _place(self) -> None:
         plan = self._plan
         bundles = [{"CPU": _SMALL_CPUS}, *({"CPU": cpus} for cpus in self._cpus())]
+        if plan.gpu:
+            bundles[1]["GPU"] = 1
         self._group = placement_group(bundles, strategy="STRICT_PACK", name=f"numoe-{self._instance}")
         if not self._group.wait(_PLACEMENT_TIMEOUT_S):
             raise ResourceError(
-                f"Ray has no node with {sum(b['CPU'] for b in bundles):.1f} free CPUs for this model: "
-                "stop what else runs there, or lower --threads"
+                f"Ray has no node with {sum(b['CPU'] for b in bundles):.1f} free CPUs"
+                f"{' and a free GPU' if plan.gpu else ''} for this model: stop what else runs there, or lower --threads"
             )
         folder, members = str(self._folder), self._members
         if self._listen is not None:
@@ -148,9 +151,10 @@ class Supervisor:
 
     def _spawn(self, cls: Any, bundle: int, concurrency: int, *args: Any) -> Any:
         assert self._group is not None
-        cpus = self._group.bundle_specs[bundle]["CPU"]
+        resources = self._group.bundle_specs[bundle]
         options = {
-            "num_cpus": cpus,
+            "num_cpus": resources["CPU"],
+            "num_gpus": resources.get("GPU", 0),
             "max_concurrency": concurrency,
             "max_restarts": 0,
             "max_task_retries": 0,

@@ -7,6 +7,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from numoe.engine.gpu.device import Device
+
 _SYSFS = Path("/sys/devices/system/node")
 
 
@@ -21,9 +23,10 @@ class NumaNode:
 
 @dataclass(frozen=True)
 class Topology:
-    """The NUMA nodes of a host that have processors this process may use; at least one."""
+    """The NUMA nodes of a host that have processors this process may use, at least one; the GPU that it may use."""
 
     nodes: tuple[NumaNode, ...]
+    gpu: Device | None = None
 
     @property
     def cpus(self) -> int:

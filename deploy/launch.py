@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -20,6 +21,7 @@ from numoe.deploy.cluster import Server, start_ray, stop_ray
 from numoe.deploy.kernels import KernelBuild
 from numoe.engine import shm
 from numoe.engine.gguf import GgufFile
+from numoe.engine.gpu.device import find_gpu
 from numoe.engine.models.config import ModelConfig
 from numoe.engine.worker.requirements import check_kernel_shapes
 
@@ -36,7 +38,7 @@ def plan_model(path: str | Path, options: PlanOptions) -> tuple[Plan, KernelBuil
         config = ModelConfig.from_gguf(gguf)
         check_kernel_shapes(config)
         shm.remove_stale()
-        plan = make_plan(config, gguf, read_topology(), options)
+        plan = make_plan(config, gguf, replace(read_topology(), gpu=find_gpu(options.device)), options)
         check_memory(plan)
         return plan, KernelBuild(gguf)
 

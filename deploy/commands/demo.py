@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from numoe.deploy.answers import Answer, read_answer
 from numoe.deploy.client import Client
+from numoe.deploy.commands.placement import Placement
 from numoe.deploy.console import one_line_errors
 from numoe.deploy.signals import StopSignals
 from numoe.engine.errors import InputError
@@ -47,12 +48,10 @@ def demo(
     with one_line_errors(), StopSignals():
         if max_tokens < 1:
             raise InputError(f"--max-tokens {max_tokens} is not possible: give at least 1")
-        from numoe.cluster.plan import PlanOptions
-        from numoe.deploy.commands.serve import parse_shards
         from numoe.deploy.launch import running_server
 
         start = time.monotonic()
-        options = PlanOptions(context=_CONTEXT, slots=1, shards=parse_shards(shards))
+        options = Placement(shards=shards).plan_options(context=_CONTEXT, slots=1)
         with running_server(_model(), options, "127.0.0.1:0") as server, Client(server.address) as client:
             _console.print(f"ready after {time.monotonic() - start:.1f} s", style="dim", highlight=False)
             if prompt is None:

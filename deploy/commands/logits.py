@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from numoe.deploy.commands.serve import parse_shards
+from numoe.deploy.commands.placement import ANYWHERE, Placement
 from numoe.deploy.console import one_line_errors
 from numoe.deploy.signals import StopSignals
 from numoe.engine.errors import InputError
@@ -14,8 +14,7 @@ _ROWS_AT_ONCE = 64
 
 
 def logits(
-    model: str, /, *, tokens_file: Path, out: Path, threads: int | None = None, shards: str = "auto",
-    chunk: int = _ROWS_AT_ONCE,
+    model: str, /, *, tokens_file: Path, out: Path, chunk: int = _ROWS_AT_ONCE, placement: Placement = ANYWHERE,
 ) -> int:  # fmt: skip
     """Write the logits of every position of a token sequence.
 
@@ -27,27 +26,22 @@ def logits(
         A JSON file holding a list of token ids.
     out
         The .npz file to write: float32 `logits` [tokens, vocab] and int32 `tokens` [tokens].
-    threads
-        Threads that compute; all processors if not given.
-    shards
-        Expert shards: "auto" is one for each NUMA node.
     chunk
         Tokens of a step.
+    placement
+        Where the model runs.
 
     """
     with one_line_errors(), StopSignals():
         import numpy as np
 
-        from numoe.cluster.plan import PlanOptions
         from numoe.deploy.cluster import unwrap
         from numoe.deploy.launch import running_server
 
         tokens = _read_tokens(tokens_file)
         if not out.parent.is_dir():
             raise InputError(f"--out {out}: there is no folder {out.parent}; make it first")
-        options = PlanOptions(
-            context=len(tokens), slots=1, threads=threads, shards=parse_shards(shards), chunk=min(chunk, len(tokens))
-        )
+        options = placement.plan_options(context=len(tokens), slots=1, chunk=min(chunk, len(tokens)))
         with running_server(model, options, None) as server:
             worker, parts = server.worker(), []
             unwrap(worker.begin_logits.remote(tokens, options.chunk))

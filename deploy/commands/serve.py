@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from numoe.deploy.client import DEFAULT_ADDRESS
+from numoe.deploy.commands.placement import ANYWHERE, Placement
 from numoe.deploy.console import one_line_errors
 from numoe.deploy.signals import StopSignals
-from numoe.engine.errors import InputError, UnavailableError
+from numoe.engine.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from numoe.cluster.plan import PlanOptions
 
 DRAIN_S = 30.0
 
@@ -19,12 +24,9 @@ def serve(
     listen: str = DEFAULT_ADDRESS,
     ctx_size: int | None = None,
     parallel: int | None = None,
-    threads: int | None = None,
-    shards: str = "auto",
     chunk: int | None = None,
     queue: int | None = None,
-    cache_type_k: str = "f16",
-    cache_type_v: str = "f16",
+    placement: Placement = ANYWHERE,
 ) -> int:
     """Serve a GGUF model over gRPC until Ctrl-C, SIGTERM or `numoe stop`.
 
@@ -39,39 +41,26 @@ def serve(
         was trained for, but at most 8192.
     parallel
         Requests that run at once; 4 if not given. Each has room for --ctx-size tokens.
-    threads
-        Threads that compute; all processors if not given.
-    shards
-        Expert shards: "auto" is one for each NUMA node.
     chunk
-        Prompt tokens that one step takes in; 256 if not given. Running answers wait no longer than that.
+        Prompt tokens that one step takes in; if not given, 256, or 2048 on a GPU. Running answers wait no longer.
     queue
         Requests that may wait for a slot; 64 if not given.
-    cache_type_k
-        Type of the keys in the KV cache: f16 or q8_0, which takes half the memory.
-    cache_type_v
-        Type of the values in the KV cache, likewise.
+    placement
+        Where the model runs.
 
     """
     with one_line_errors(), StopSignals() as signals:
         try:
-            _serve(signals, model, listen, {
-                "context": ctx_size, "slots": parallel, "threads": threads, "shards": parse_shards(shards),
-                "chunk": chunk, "queue": queue,
-            }, (cache_type_k, cache_type_v))  # fmt: skip
+            options = placement.plan_options(context=ctx_size, slots=parallel, chunk=chunk, queue=queue)
+            _serve(signals, model, listen, options)
         except KeyboardInterrupt:
             print("numoe: stopped while starting", file=sys.stderr)
     return 0
 
 
-def _serve(
-    signals: StopSignals, model: str, listen: str, numbers: dict[str, int | None], cache_types: tuple[str, str]
-) -> None:
-    from numoe.cluster.plan import PlanOptions
+def _serve(signals: StopSignals, model: str, listen: str, options: PlanOptions) -> None:
     from numoe.deploy.launch import running_server
-    from numoe.engine.worker.kv_pool import KvType
 
-    options = PlanOptions(**numbers, kv_type=KvType(*cache_types))
     with running_server(model, options, listen) as server:
         signals.started()
         print(f"numoe serves {server.plan.model} at {server.address} (Ctrl-C stops it)", flush=True)
@@ -81,11 +70,3 @@ def _serve(
         if why:
             raise UnavailableError(why)
 
-
-def parse_shards(text: str) -> int | None:
-    """The number of shards, None for "auto"."""
-    if text == "auto":
-        return None
-    if not text.isdigit():
-        raise InputError(f"--shards {text} is neither 'auto' nor a number")
-    return int(text)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import json
+import logging
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from numoe.engine.errors import ResourceError, UnsupportedError
+from numoe.engine.errors import NumoeError, ResourceError, UnsupportedError
 
 OLDEST = (7, 5)
 """The lowest compute capability that the kernels are written for: Turing."""
@@ -17,13 +22,14 @@ class Device:
     """A CUDA GPU.
 
     capability:   its compute capability, e.g. (9, 0).
-    memory_bytes: all of its memory.
+    memory_bytes: all of its memory; free_bytes: what nobody has taken.
     sms:          streaming multiprocessors.
     """
 
     name: str
     capability: tuple[int, int]
     memory_bytes: int
+    free_bytes: int
     sms: int
 
 
@@ -53,8 +59,40 @@ def current() -> Device:
         properties["name"].decode(),
         (properties["major"], properties["minor"]),
         properties["totalGlobalMem"],
+        runtime.memGetInfo()[0],
         properties["multiProcessorCount"],
     )
     if device.capability < OLDEST:
         raise UnsupportedError(f"{device.name} has compute capability {device.capability}; {OLDEST} is the oldest")
     return device
+
+
+def find_gpu(wanted: str) -> Device | None:
+    """The GPU for attention: none for "cpu", what `current` says for "gpu", and for "auto" the GPU if one can be used.
+
+    Asked in a process of its own, because a CUDA context takes hundreds of megabytes of the GPU's memory for as long as
+    its process lives.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not _has_driver()):
+        return None
+    asked = subprocess.run([sys.executable, "-m", __name__], capture_output=True, text=True, check=False)  # noqa: S603
+    if asked.returncode == 0:
+        fields = json.loads(asked.stdout)
+        return Device(**fields | {"capability": tuple(fields["capability"])})
+    error = asked.stderr.strip().rpartition("\n")[2] or f"exit status {asked.returncode}"
+    if wanted == "gpu":
+        raise ResourceError(f"--device gpu: {error}")
+    logging.getLogger(__name__).warning("attention runs on the CPU: %s", error)
+    return None
+
+
+def _has_driver() -> bool:
+    """Whether NVIDIA's kernel driver is there."""
+    return Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists()
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(asdict(current())))
+    except NumoeError as error:
+        sys.exit(str(error))

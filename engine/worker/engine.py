@@ -16,7 +16,7 @@ from numoe.engine.errors import InputError, NumoeError, UnavailableError
 from numoe.engine.kv.pages import pages_for
 from numoe.engine.requests import Event, FinishReason, GenerationRequest, WorkerStatus
 from numoe.engine.scheduler import Batch, Scheduler
-from numoe.engine.worker.forward import CpuForward
+from numoe.engine.worker.options import Forward
 
 _REMEMBERED = 1024  # requests
 _Value = TypeVar("_Value")
@@ -37,7 +37,7 @@ class Engine:
     emit is called from the loop with the events of one step, for all requests at once.
     """
 
-    def __init__(self, scheduler: Scheduler, forward: CpuForward, emit: Callable[[list[Event]], None]) -> None:
+    def __init__(self, scheduler: Scheduler, forward: Forward, emit: Callable[[list[Event]], None]) -> None:
         self._scheduler, self._forward, self._emit = scheduler, forward, emit
         self._changed = threading.Condition()
         self._stepping = False

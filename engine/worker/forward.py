@@ -7,7 +7,7 @@ that want them). Routed experts are reached through the mailbox.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ from numoe.engine.cpu.program import (
     Program,
 )
 from numoe.engine.cpu.rows import activation_bytes
-from numoe.engine.cpu.sync import default_spins
+from numoe.engine.cpu.sync import handoff_spins
 from numoe.engine.cpu.team import ThreadTeam
 from numoe.engine.errors import UnavailableError
 from numoe.engine.experts import exchange
@@ -44,30 +44,12 @@ from numoe.engine.models.rope import rope_frequencies
 from numoe.engine.progress import Progress
 from numoe.engine.scheduler import Batch
 from numoe.engine.worker.buffers import Rows
-from numoe.engine.worker.kv_pool import F16, KvPool, KvType
+from numoe.engine.worker.kv_pool import KvPool
+from numoe.engine.worker.options import ForwardOptions
 from numoe.engine.worker.weights import DenseWeights, PackedMatrix, dense_tensor_names
 
 LOGITS_AT_ONCE = 16
 """Rows of logits that are computed together; more are done in turns."""
-
-
-@dataclass(frozen=True)
-class ForwardOptions:
-    """Sizes of the forward pass.
-
-    max_rows: rows of a step at most. slots: sequences. n_pages: KV pages. context: tokens of a
-    sequence at most. threads: of the team; threads_on_host: of all actors on this host together.
-    shard_bound_s: how long a shard may show no sign of life. kv_type: of the KV cache.
-    """
-
-    max_rows: int
-    slots: int
-    n_pages: int
-    context: int
-    threads: int
-    threads_on_host: int
-    shard_bound_s: float = 5.0
-    kv_type: KvType = F16
 
 
 class CpuForward:
@@ -124,6 +106,9 @@ class CpuForward:
         if len(turns) == 1:
             return turns[0]
         return np.concatenate(turns or [np.empty((0, self.config.vocab), np.float32)])
+
+    def attach_experts(self, folder: Path) -> None:
+        """Nothing to do: experts are reached through the mailbox alone."""
 
     def times_ms(self) -> dict[str, float]:
         """Where the last step's time went, in milliseconds."""
@@ -286,7 +271,7 @@ class CpuForward:
             self._router.base, self._router.stride, moe.n_experts, moe.n_used, int(moe.normalize_weights),
             float(moe.weights_scale), mailbox.base + layout.ids, mailbox.base + layout.weights,
         )  # fmt: skip
-        spins, bound = default_spins(self.options.threads_on_host), int(self.options.shard_bound_s * 1e9)
+        spins, bound = handoff_spins(self.options.threads_on_host), int(self.options.shard_bound_s * 1e9)
         program.add(exchange.exchange, mailbox.base, layer, layout.shards, spins, bound, part="wait", may_fail=True)
         program.add(
             exchange.add_partials,

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from numoe.deploy.client import Client
-from numoe.deploy.commands.serve import parse_shards
+from numoe.deploy.commands.placement import ANYWHERE, Placement
 from numoe.deploy.console import one_line_errors
 from numoe.engine.errors import InputError, NumoeError
 from numoe.v1 import generation_pb2 as pb
@@ -70,9 +70,8 @@ def concurrency(
     streams: str = "1,2,4,8,16",
     prompt_tokens: int = 64,
     max_tokens: int = 64,
-    threads: int | None = None,
-    shards: str = "auto",
     json_output: Annotated[bool, Parameter(name="--json", negative=())] = False,
+    placement: Placement = ANYWHERE,
 ) -> int:
     """Measure how a server shares its speed among 1, 2, 4, 8 and 16 streams.
 
@@ -93,12 +92,10 @@ def concurrency(
         Tokens of each prompt.
     max_tokens
         Tokens of each answer.
-    threads
-        Threads that compute; all processors if not given.
-    shards
-        Expert shards: "auto" is one for each NUMA node.
     json_output
         Print one JSON object a line instead of the table.
+    placement
+        Where the model runs.
 
     """
     with one_line_errors():
@@ -107,7 +104,7 @@ def concurrency(
             if value < 1:
                 raise InputError(f"{flag} {value} is not possible: give at least 1")
         with (
-            _server(model, address, max(counts), prompt_tokens + max_tokens, threads, shards) as where,
+            _server(model, address, max(counts), prompt_tokens + max_tokens, placement) as where,
             Client(where) as client,
         ):
             load, number = Load(prompt_tokens, max_tokens, client.model().vocab_size), 1
@@ -131,7 +128,7 @@ def _counts(text: str) -> list[int]:
 
 @contextmanager
 def _server(
-    model: str | None, address: str | None, slots: int, context: int, threads: int | None, shards: str
+    model: str | None, address: str | None, slots: int, context: int, placement: Placement
 ) -> Iterator[str]:
     """The address of the server to measure."""
     if (model is None) == (address is None):
@@ -139,11 +136,10 @@ def _server(
     if model is None:
         yield address or ""
         return
-    from numoe.cluster.plan import PlanOptions
     from numoe.deploy.launch import running_server
     from numoe.deploy.signals import StopSignals
 
-    options = PlanOptions(context=context, slots=slots, threads=threads, shards=parse_shards(shards))
+    options = placement.plan_options(context=context, slots=slots)
     with StopSignals(), running_server(model, options, "127.0.0.1:0") as server:
         yield server.address
 

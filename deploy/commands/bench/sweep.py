@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from numoe.deploy.commands.serve import parse_shards
+from numoe.deploy.commands.placement import ANYWHERE, Placement
 from numoe.deploy.console import one_line_errors
 from numoe.engine.errors import InputError
 
@@ -54,13 +54,10 @@ def sweep(
     ctx_size: int | None = None,
     pp: int = 512,
     tg: int = 32,
-    threads: int | None = None,
-    shards: str = "auto",
     chunk: int | None = None,
-    cache_type_k: str = "f16",
-    cache_type_v: str = "f16",
     json_output: Annotated[bool, Parameter(name="--json", negative=())] = False,
     plot: Path | None = None,
+    placement: Placement = ANYWHERE,
 ) -> int:
     """Measure prefill and decode at growing depth, in the form of llama-sweep-bench.
 
@@ -80,26 +77,18 @@ def sweep(
         Prompt tokens of a row, and the step from row to row.
     tg
         Tokens that are generated in each row.
-    threads
-        Threads that compute; all processors if not given.
-    shards
-        Expert shards: "auto" is one for each NUMA node.
     chunk
-        Prompt tokens of one step; 256 if not given, as for `numoe serve`.
-    cache_type_k
-        Type of the keys in the KV cache: f16 or q8_0.
-    cache_type_v
-        Type of the values in the KV cache, likewise.
+        Prompt tokens of one step; as for `numoe serve` if not given.
     json_output
         Print one JSON object a line instead of the table.
     plot
         Draw milliseconds a token over depth into this file (.png, .svg, .pdf).
+    placement
+        Where the model runs.
 
     """
     with one_line_errors():
-        from numoe.cluster.plan import PlanOptions
         from numoe.deploy.signals import StopSignals
-        from numoe.engine.worker.kv_pool import KvType
 
         for flag, value in (("--pp", pp), ("--tg", tg)):
             if value < 1:
@@ -108,8 +97,7 @@ def sweep(
             require_matplotlib()
         windows = list[Window]()
         with StopSignals():
-            kv_type = KvType(cache_type_k, cache_type_v)
-            options = PlanOptions(slots=1, threads=threads, shards=parse_shards(shards), chunk=chunk, kv_type=kv_type)
+            options = placement.plan_options(slots=1, chunk=chunk)
             for window in _windows(model, ctx_size, pp, tg, options):
                 if not windows and not json_output:
                     print(header())

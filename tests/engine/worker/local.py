@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,15 +18,19 @@ from numoe.engine.kv.pages import pages_for
 from numoe.engine.models.config import ModelConfig
 from numoe.engine.progress import Progress
 from numoe.engine.scheduler import Batch
-from numoe.engine.worker.forward import CpuForward, ForwardOptions
+from numoe.engine.worker.forward import CpuForward
 from numoe.engine.worker.kv_pool import F16, KvType
+from numoe.engine.worker.options import Forward, ForwardOptions
+
+Made = TypeVar("Made", bound=Forward)
 
 
 @contextmanager
 def local_forward(
     path: Path, *, shards: int = 1, threads: int = 2, max_rows: int = 96, slots: int = 8, context: int = 512,
     absent: Collection[int] = (), late: list[ExpertShard] | None = None, bound_s: float = 30.0, kv_type: KvType = F16,
-) -> Iterator[CpuForward]:  # fmt: skip
+    make: Callable[[ModelConfig, GgufFile, Mailbox | None, ForwardOptions, Progress], Made] = CpuForward,
+) -> Iterator[Made]:  # fmt: skip
     """A forward pass over the model at `path`; shards in `absent` are not started but added to `late`."""
     folder = shm.create_folder(f"test-{secrets.token_hex(4)}")
     gguf = GgufFile.open(path)
@@ -47,7 +52,8 @@ def local_forward(
             max_rows=max_rows, slots=slots, n_pages=slots * pages_for(context), context=context, threads=threads,
             threads_on_host=99, shard_bound_s=bound_s, kv_type=kv_type,
         )  # fmt: skip
-        forward = CpuForward(config, gguf, mailbox, options, Progress(1))
+        forward = make(config, gguf, mailbox, options, Progress(1))
+        forward.attach_experts(folder)
         yield forward
         forward.close()
     finally:
@@ -58,7 +64,7 @@ def local_forward(
         shm.remove_folder(folder)
 
 
-def batch(forward: CpuForward, rows: Sequence[tuple[int, int, int]], logit_rows: Sequence[int]) -> Batch:
+def batch(forward: Forward, rows: Sequence[tuple[int, int, int]], logit_rows: Sequence[int]) -> Batch:
     """A batch of (token, position, slot) rows; each slot has pages of its own, in descending order."""
     tokens, positions, slots = np.array(rows, np.int32).reshape(-1, 3).T
     options = forward.options
@@ -69,7 +75,7 @@ def batch(forward: CpuForward, rows: Sequence[tuple[int, int, int]], logit_rows:
     )  # fmt: skip
 
 
-def sequence_logits(forward: CpuForward, tokens: Sequence[int], *, chunk: int = 64, slot: int = 0) -> np.ndarray:
+def sequence_logits(forward: Forward, tokens: Sequence[int], *, chunk: int = 64, slot: int = 0) -> np.ndarray:
     """Logits of every position, float32 [tokens, vocab], `chunk` tokens at a time."""
     parts = []
     for start in range(0, len(tokens), chunk):

@@ -1,0 +1,286 @@
+"""The forward pass of the attention side on a GPU.
+
+A step of up to GRAPH_ROWS rows is one CUDA graph, captured the first time that number of rows comes:
+embedding, all layers with the hand-off to the shards, head, likeliest tokens. No Python and no thread
+of the host runs between its kernels. More rows (prompts) run the same kernels' counterparts for many
+rows, launched one by one.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from numoe.engine.errors import UnavailableError
+from numoe.engine.experts.mailbox import Mailbox
+from numoe.engine.formats.layouts import packed_format
+from numoe.engine.gguf import GgufFile
+from numoe.engine.gpu import rows as ops
+from numoe.engine.gpu.attention import GpuAttention
+from numoe.engine.gpu.device import cupy
+from numoe.engine.gpu.exchange import WORDS, GpuExchange
+from numoe.engine.gpu.kv_pool import GpuKvPool
+from numoe.engine.gpu.matrices import multiply_all
+from numoe.engine.gpu.step import StepInputs
+from numoe.engine.gpu.streamed import StreamedExperts
+from numoe.engine.gpu.weights import GpuWeights
+from numoe.engine.kv.pages import pages_for
+from numoe.engine.models.config import ModelConfig
+from numoe.engine.progress import Progress
+from numoe.engine.scheduler import Batch
+from numoe.engine.worker.options import ForwardOptions
+
+if TYPE_CHECKING:
+    import cupy as cp
+
+GRAPH_ROWS = 16
+"""Rows of a step that runs as a captured graph at most."""
+
+
+class GpuForward:
+    """Weights, KV pool, buffers and graphs of the attention side; `run` computes a batch's logits."""
+
+    def __init__(
+        self, config: ModelConfig, gguf: GgufFile, mailbox: Mailbox | None, options: ForwardOptions, progress: Progress
+    ) -> None:
+        self.config, self.options, self._mailbox, self._path = config, options, mailbox, gguf.path
+        self._stream = cupy().cuda.Stream(non_blocking=True)
+        with self._stream:
+            self.weights = GpuWeights(gguf, options.max_rows, progress)
+            self.pool = GpuKvPool(config, options.n_pages, options.kv_type)
+            self._inputs = StepInputs(options.max_rows, options.slots, pages_for(options.context))
+            self._attention = GpuAttention(config, self.pool, options.max_rows, pages_for(options.context))
+            self._exchange: GpuExchange | None = None
+            self._streamed: StreamedExperts | None = None
+            self.stream_from: int | None = None  # measured when the first batch of many rows comes
+            if mailbox is not None and config.moe is not None:
+                self._exchange = GpuExchange(
+                    mailbox, config.moe, reads_f32=_reads_f32(gguf), bound_s=options.shard_bound_s
+                )
+            self._make_buffers()
+            self._graphs: dict[int, cp.cuda.Graph] = {}
+            self._step_ms = 0.0
+            self._stream.synchronize()
+
+    @property
+    def _first_expert_layer(self) -> int:
+        return next(n for n in range(self.config.n_layers) if f"blk.{n}.ffn_gate_inp.weight" in self.weights.matrices)
+
+    def _make_buffers(self) -> None:
+        import cupyx
+
+        config, rows = self.config, self.options.max_rows
+
+        def floats(cols: int, count: int = rows) -> cp.ndarray:
+            return cupy().empty((count, cols), np.float32)
+
+        self._x, self._normed = floats(config.hidden), floats(config.hidden)
+        self._q, self._attended = floats(config.n_heads * config.head_dim), floats(config.n_heads * config.head_dim)
+        self._k, self._v = (floats(config.n_kv_heads * config.head_dim) for _ in range(2))
+        if config.moe is not None:
+            self._router = floats(config.moe.n_experts)
+        if config.dense_ffn:
+            self._gate, self._up = floats(config.dense_ffn), floats(config.dense_ffn)
+        self._last = floats(config.hidden, GRAPH_ROWS)
+        self._logits = floats(config.vocab, GRAPH_ROWS)
+        self._host_logits: npt.NDArray[np.float32] = cupyx.empty_pinned((GRAPH_ROWS, config.vocab), np.float32)
+        self._host_words: npt.NDArray[np.uint8] = cupyx.zeros_pinned(WORDS.itemsize, np.uint8)
+
+    # --- running ----------------------------------------------------------------------------------
+
+    def run(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """The logits float32 [len(batch.logit_rows), vocab] of a batch; its rows go to the KV pool.
+
+        The array is overwritten by the next call. UnavailableError names a shard that did not
+        answer; the batch may then be run again.
+        """
+        start, rows = time.perf_counter(), len(batch.token_ids)
+        with self._stream:
+            self._inputs.load(batch)
+            if self._mailbox is not None:
+                self._mailbox.begin_step()
+            try:
+                if rows <= GRAPH_ROWS:
+                    self._graph(rows).launch(self._stream)
+                else:
+                    if self.stream_from is None:
+                        self.stream_from = self._measure_threshold()
+                    self._body(rows, _decode_rows(batch))
+                self._copy_words()
+                self._stream.synchronize()
+            finally:
+                if self._mailbox is not None:
+                    self._mailbox.end_step()
+            if failed := int(self._words()["failed"]):
+                raise UnavailableError(f"expert shard {failed - 1} did not answer; it may have died")
+            if rows <= GRAPH_ROWS:
+                logits = self._fetch(len(batch.logit_rows), batch.logit_rows)
+            else:
+                logits = self._head_in_turns(batch.logit_rows)
+        self._step_ms = 1e3 * (time.perf_counter() - start)
+        return logits
+
+    def _graph(self, rows: int) -> cp.cuda.Graph:
+        """The graph of a step of `rows` rows: body, and logits of all of them."""
+        if rows not in self._graphs:
+            self._stream.begin_capture()
+            try:
+                self._body(rows)
+                self._head(self._x, rows)
+            finally:
+                graph = self._stream.end_capture()
+            self._graphs[rows] = graph
+        return self._graphs[rows]
+
+    def _head_in_turns(self, logit_rows: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Logits of the wanted rows of a step of many, GRAPH_ROWS at a time."""
+        turns = []
+        for start in range(0, len(logit_rows), GRAPH_ROWS):
+            count = min(GRAPH_ROWS, len(logit_rows) - start)
+            ops.gather(self._x, self._inputs.logit_rows[start : start + count], self._last, count)
+            self._head(self._last, count)
+            turns.append(self._fetch(count, np.arange(count)).copy())
+        return np.concatenate(turns or [np.empty((0, self.config.vocab), np.float32)])
+
+    def _fetch(self, count: int, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Rows of the logits in the host's memory."""
+        for i, row in enumerate(rows):
+            source = self._logits[int(row)]
+            source.data.copy_to_host_async(self._host_logits[i].ctypes.data, source.nbytes)
+        self._stream.synchronize()
+        return self._host_logits[:count]
+
+    def _copy_words(self) -> None:
+        if self._exchange is not None:
+            self._exchange.words.data.copy_to_host_async(self._host_words.ctypes.data, self._host_words.nbytes)
+
+    def _words(self) -> np.void:
+        return self._host_words.view(WORDS)[0]
+
+    def times_ms(self) -> dict[str, float]:
+        """Where the last step's time went, in milliseconds."""
+        words = self._words()
+        experts, wait = int(words["experts"]) / 1e6, int(words["wait"]) / 1e6
+        return {"attention": max(0.0, self._step_ms - experts - wait), "experts": experts, "wait": wait}
+
+    def attach_experts(self, folder: Path) -> None:
+        """Map the shards' weights in `folder`, which are there now, to stream them for large batches."""
+        if self._mailbox is not None and self.config.moe is not None:
+            with self._stream, GgufFile.open(self._path) as gguf:
+                layout = self._mailbox.layout
+                self._streamed = StreamedExperts(self.config, gguf, folder, layout.shards, layout.max_rows)
+
+    def close(self) -> None:
+        """Give host memory that CUDA has pinned back to the host alone."""
+        self._stream.synchronize()
+        for part in (self._exchange, self._streamed):
+            if part is not None:
+                part.close()
+
+    # --- the step's kernels -----------------------------------------------------------------------
+
+    def _body(self, rows: int, decode_rows: int = 0) -> None:
+        """Embedding and all layers, on the current stream; the first `decode_rows` rows are of a sequence each."""
+        if self._exchange is not None:
+            self._exchange.begin()
+        if streamed := self._streamed_for(rows):
+            streamed.begin()
+        self._attention.begin(self._inputs.positions, rows)
+        self.weights.matrices["token_embd.weight"].embed(self._inputs.tokens, self._x, rows)
+        for layer in range(self.config.n_layers):
+            self._attend(layer, rows, decode_rows)
+            if f"blk.{layer}.ffn_gate_inp.weight" in self.weights.matrices:
+                self._experts(layer, rows)
+            else:
+                self._dense_ffn(layer, rows)
+
+    def _head(self, x: cp.ndarray, rows: int) -> None:
+        """Final norm and logits of rows of x."""
+        output = self.weights.matrices.get("output.weight") or self.weights.matrices["token_embd.weight"]
+        self._norm("output_norm.weight", x, self._last, rows)
+        output.multiply(self._last, self._logits, rows)
+
+    def _norm(self, name: str, x: cp.ndarray, out: cp.ndarray, rows: int) -> None:
+        ops.rms_norm(x, self.weights.vectors[name], self.config.rms_eps, out, rows)
+
+    def _attend(self, layer: int, rows: int, decode_rows: int) -> None:
+        prefix, matrices, vectors = f"blk.{layer}.", self.weights.matrices, self.weights.vectors
+        self._norm(prefix + "attn_norm.weight", self._x, self._normed, rows)
+        outputs = (("q", self._q), ("k", self._k), ("v", self._v))
+        multiply_all([(matrices[f"{prefix}attn_{part}.weight"], out) for part, out in outputs], self._normed, rows)
+        norms = (vectors.get(f"{prefix}attn_{part}_norm.weight") for part in ("q", "k"))
+        self._attention.run(
+            layer, self._q, self._k, self._v, *norms, self._inputs, self._attended, rows, decode_rows=decode_rows
+        )
+        matrices[prefix + "attn_output.weight"].multiply(self._attended, self._x, rows, add=True)
+
+    def _dense_ffn(self, layer: int, rows: int) -> None:
+        prefix, matrices = f"blk.{layer}.", self.weights.matrices
+        self._norm(prefix + "ffn_norm.weight", self._x, self._normed, rows)
+        both = (("gate", self._gate), ("up", self._up))
+        multiply_all([(matrices[f"{prefix}ffn_{part}.weight"], out) for part, out in both], self._normed, rows)
+        ops.swiglu(self._gate, self._up, self._gate, rows)
+        matrices[prefix + "ffn_down.weight"].multiply(self._gate, self._x, rows, add=True)
+
+    def _experts(self, layer: int, rows: int) -> None:
+        if self._exchange is None:
+            raise UnavailableError(f"layer {layer} has routed experts, but there are no expert shards")
+        prefix = f"blk.{layer}."
+        self._norm(prefix + "ffn_norm.weight", self._x, self._normed, rows)
+        self.weights.matrices[prefix + "ffn_gate_inp.weight"].multiply(self._normed, self._router, rows)
+        if streamed := self._streamed_for(rows):
+            streamed.run(self._x, self._normed, self._router, rows)
+            return
+        self._exchange.send(self._normed, self._router, rows, layer)
+        self._exchange.receive(self._x, rows)
+
+    def _streamed_for(self, rows: int) -> StreamedExperts | None:
+        """What multiplies the experts of a step of so many rows on the GPU; None if the shards do."""
+        return self._streamed if self.stream_from is not None and rows >= self.stream_from else None
+
+    def _measure_threshold(self) -> int:
+        """The rows from which on streaming a layer's experts takes less time than the shards do.
+
+        Shards take a + b rows, found from two numbers of rows with random routing.
+        """
+        if self._exchange is None or self._streamed is None:
+            return sys.maxsize
+        generator, most = cupy().random.default_rng(0), self.options.max_rows
+        fewer, more = min(64, most), min(256, most)
+        if fewer == more:
+            return sys.maxsize
+        for array in (self._normed, self._router):
+            array[:more] = generator.standard_normal((more, array.shape[1]), np.float32)
+        self._x[:more] = 0
+        took = {rows: min(self._time_shards(rows) for _ in range(3)) for rows in (fewer, more)}
+        per_row = max((took[more] - took[fewer]) / (more - fewer), 1e-9)
+        streaming = self._streamed.layer_seconds()
+        return max(GRAPH_ROWS + 1, fewer + int((streaming - took[fewer]) / per_row))
+
+    def _time_shards(self, rows: int) -> float:
+        """Seconds that the shards take for a layer of `rows` rows."""
+        assert self._exchange is not None
+        self._stream.synchronize()
+        start = time.perf_counter()
+        self._exchange.begin()
+        self._exchange.send(self._normed, self._router, rows, self._first_expert_layer)
+        self._exchange.receive(self._x, rows)
+        self._stream.synchronize()
+        return time.perf_counter() - start
+
+
+def _decode_rows(batch: Batch) -> int:
+    """How many rows at the front are the only ones of their sequence."""
+    followed = batch.slots[1:] == batch.slots[:-1]
+    return int(followed.argmax()) if followed.any() else len(batch.slots)
+
+
+def _reads_f32(gguf: GgufFile) -> bool:
+    """Whether any expert's weights are multiplied with float32 rows."""
+    experts = (info.qtype for name, info in gguf.tensors.items() if "_exps." in name)
+    return any(packed_format(qtype).activations == "f32" for qtype in experts)

@@ -1,0 +1,270 @@
+"""Routed experts of many rows on the GPU: weights streamed from the shards' shared memory, and multiplied there.
+
+A step of thousands of rows uses every expert of a layer. Then it is faster to bring the weights to the
+GPU, whose arithmetic is far ahead of the CPU's, than the rows to the CPU. Each *portion*, some experts of
+one layer, is copied into one of a ring of buffers by a stream of its own, several ahead of the one
+that is being multiplied, also across layers, so that the copies never stop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from numoe.engine.cpu.memory import address, align
+from numoe.engine.experts.shard import ExpertMatrices, ShardSlice, plan_slice, slice_bytes
+from numoe.engine.formats import BLOCK_COLS
+from numoe.engine.gguf import GgufFile
+from numoe.engine.gpu import gemm
+from numoe.engine.gpu.compiler import module
+from numoe.engine.gpu.device import cupy
+from numoe.engine.gpu.registered import RegisteredMemory
+from numoe.engine.models.config import ModelConfig
+from numoe.engine.shm import SharedSegment
+
+if TYPE_CHECKING:
+    import cupy as cp
+
+PORTION_BYTES = 64 << 20
+RING = 6
+"""Buffers for portions: one that is multiplied, the rest on their way."""
+_THREADS = 256
+_HOST_TO_DEVICE = 1
+
+
+@dataclass(frozen=True)
+class _Portion:
+    """Experts `first` to `last` of a layer."""
+
+    layer: int
+    first: int
+    last: int
+
+
+class StreamedExperts:
+    """The experts of all layers, for steps of up to `max_rows` rows.
+
+    folder: of the shards' shared memory. shards: how many there are.
+    """
+
+    def __init__(self, config: ModelConfig, gguf: GgufFile, folder: Path, shards: int, max_rows: int) -> None:
+        assert config.moe is not None
+        self._config, self._moe = config, config.moe
+        self._slices = [plan_slice(config, gguf, ShardSlice(i, shards)) for i in range(shards)]
+        self._ranges = [ShardSlice(i, shards).blocks(config.moe.ffn) for i in range(shards)]
+        self._segments = [
+            SharedSegment.attach(folder / f"experts-{i}", max(1, slice_bytes(plan)))
+            for i, plan in enumerate(self._slices)
+        ]
+        self._memory = [RegisteredMemory(segment.array) for segment in self._segments]
+        per_portion, self._packed_bytes = _portion_size(self._slices)
+        self._portions = [
+            _Portion(layer, first, min(first + per_portion, config.moe.n_experts))
+            for layer in self._slices[0]
+            for first in range(0, config.moe.n_experts, per_portion)
+        ]
+        self._make_buffers(per_portion, max_rows)
+        self._kernels = module("experts")
+        self._unpackers = module("packed")
+        self._copies = cupy().cuda.Stream(non_blocking=True)
+        self._copied = [cupy().cuda.Event(disable_timing=True) for _ in range(RING)]
+        self._free = [cupy().cuda.Event(disable_timing=True) for _ in range(RING)]
+        self._started = self._done = 0
+
+    def _make_buffers(self, experts: int, max_rows: int) -> None:
+        moe, hidden = self._moe, self._config.hidden
+        pairs, empty = max_rows * moe.n_used, cupy().empty
+        self._ring = [empty(self._packed_bytes, np.uint8) for _ in range(RING)]
+        self._gate_up, self._down = (
+            empty((experts, 2 * moe.ffn, hidden), np.float16),
+            empty((experts, hidden, moe.ffn), np.float16),
+        )
+        self._ids, self._weights = empty(pairs, np.int32), empty(pairs, np.float32)
+        self._offsets = empty(moe.n_experts + 1, np.int32)
+        self._order, self._place = empty(pairs, np.int32), empty(pairs, np.int32)
+        self._rows = empty((pairs, hidden), np.float16)
+        self._both = empty((pairs, 2 * moe.ffn), np.float32)
+        self._h = empty((pairs, moe.ffn), np.float16)
+        self._y = empty((pairs, hidden), np.float32)
+        import cupyx
+
+        self._host_offsets = cupyx.zeros_pinned(moe.n_experts + 1, np.int32)
+
+    def layer_seconds(self) -> float:
+        """How long the copies of a layer take, measured with one portion."""
+        pieces = self._pieces(self._portions[0])
+        best = np.inf
+        for _ in range(3):
+            start = time.perf_counter()
+            self._copy(pieces, 0)
+            self._copies.synchronize()
+            best = min(best, time.perf_counter() - start)
+        layer = self._portions[0].layer
+        total = sum(m.nbytes for plan in self._slices for m in plan[layer])
+        return best * total / sum(nbytes for _, nbytes in pieces)
+
+    def begin(self) -> None:
+        """A step begins: the first portions set out."""
+        self._started = self._done = 0
+        self._start_copies()
+
+    def run(self, x: cp.ndarray, normed: cp.ndarray, logits: cp.ndarray, rows: int) -> None:
+        """x += the experts of the next layer, applied to its rows.
+
+        x, normed: float32 [rows, hidden]; logits: the router's, float32 [rows, experts], overwritten.
+        Waits for the routing to be known on the host.
+        """
+        offsets = self._route(normed, logits, rows)
+        layer = self._portions[self._done].layer
+        while self._done < len(self._portions) and self._portions[self._done].layer == layer:
+            self._multiply(self._done, offsets)
+            self._done += 1
+            self._start_copies()
+        moe, kernels = self._moe, self._kernels
+        kernels.get_function("combine_pairs")(
+            (rows,), (_THREADS,),
+            (x, self._y, self._place, self._weights, np.int32(moe.n_used), np.int32(self._config.hidden)),
+        )  # fmt: skip
+
+    def _route(self, normed: cp.ndarray, logits: cp.ndarray, rows: int) -> np.ndarray:
+        """Route and gather the rows; where each expert's pairs begin, int32 [experts + 1]."""
+        moe, kernels, pairs = self._moe, self._kernels, rows * self._moe.n_used
+        kernels.get_function("route_rows")(
+            (-(-rows // 8),), (_THREADS,),
+            (
+                logits, np.int32(rows), np.int32(moe.n_experts), np.int32(moe.n_used),
+                np.int32(moe.normalize_weights), np.float32(moe.weights_scale), self._ids, self._weights,
+            ),
+        )  # fmt: skip
+        kernels.get_function("group_pairs")(
+            (moe.n_experts,), (_THREADS,),
+            (self._ids, np.int32(pairs), np.int32(moe.n_experts), self._offsets, self._order, self._place),
+        )  # fmt: skip
+        stream = cupy().cuda.get_current_stream()
+        self._offsets.data.copy_to_host_async(self._host_offsets.ctypes.data, self._offsets.nbytes)
+        known = stream.record()
+        kernels.get_function("gather_pairs")(
+            (pairs,), (_THREADS,),
+            (normed, self._order, np.int32(moe.n_used), np.int32(self._config.hidden), self._rows),
+        )  # fmt: skip
+        known.synchronize()
+        return self._host_offsets
+
+    # --- copies -----------------------------------------------------------------------------------
+
+    def _start_copies(self) -> None:
+        """Start the copies of as many portions as there are free buffers."""
+        while self._started < min(self._done + RING, len(self._portions)):
+            slot = self._started % RING
+            if self._started >= RING:
+                self._copies.wait_event(self._free[slot])
+            self._copy(self._pieces(self._portions[self._started]), slot)
+            self._copied[slot].record(self._copies)
+            self._started += 1
+
+    def _copy(self, pieces: list[tuple[int, int]], slot: int) -> None:
+        """Copy pieces of host memory one behind the other into a buffer of the ring."""
+        at = self._ring[slot].data.ptr
+        for source, nbytes in pieces:
+            cupy().cuda.runtime.memcpyAsync(at, source, nbytes, _HOST_TO_DEVICE, self._copies.ptr)
+            at += align(nbytes)
+
+    def _pieces(self, portion: _Portion) -> list[tuple[int, int]]:
+        """Address and bytes of each piece of a portion: for each shard gate, up and down."""
+        return [
+            (address(segment.array) + m.offset + portion.first * m.shape.nbytes, _bytes_of(m, portion))
+            for segment, plan in zip(self._segments, self._slices, strict=True)
+            for m in plan[portion.layer]
+        ]
+
+    # --- products ---------------------------------------------------------------------------------
+
+    def _multiply(self, number: int, offsets: np.ndarray) -> None:
+        """The products of a portion's experts with their rows."""
+        portion, slot = self._portions[number], number % RING
+        moe, hidden, stream = self._moe, self._config.hidden, cupy().cuda.get_current_stream()
+        stream.wait_event(self._copied[slot])
+        self._unpack(portion, self._ring[slot].data.ptr)
+        self._free[slot].record(stream)
+        first, last = int(offsets[portion.first]), int(offsets[portion.last])
+        if first == last:
+            return
+        busy = [e for e in range(portion.first, portion.last) if offsets[e] < offsets[e + 1]]
+        for expert in busy:
+            at, count = int(offsets[expert]), int(offsets[expert + 1] - offsets[expert])
+            gemm.multiply(
+                self._gate_up[expert - portion.first].data.ptr, self._rows[at].data.ptr, self._both[at].data.ptr,
+                gemm.Shape(count, hidden, 2 * moe.ffn), 2 * moe.ffn, np.float16, add=False,
+            )  # fmt: skip
+        swiglu = self._kernels.get_function("swiglu_pairs")
+        swiglu((last - first,), (_THREADS,), (self._both[first:last], np.int32(moe.ffn), self._h[first:last]))
+        for expert in busy:
+            at, count = int(offsets[expert]), int(offsets[expert + 1] - offsets[expert])
+            gemm.multiply(
+                self._down[expert - portion.first].data.ptr, self._h[at].data.ptr, self._y[at].data.ptr,
+                gemm.Shape(count, moe.ffn, hidden), hidden, np.float16, add=False,
+            )  # fmt: skip
+
+    def _unpack(self, portion: _Portion, at: int) -> None:
+        """A portion's packed weights to float16: gate above up [2 ffn, hidden], down [hidden, ffn]."""
+        ffn, hidden = self._moe.ffn, self._config.hidden
+        gate_up, down = self._gate_up.data.ptr, self._down.data.ptr
+        for plan, (start, _) in zip(self._slices, self._ranges, strict=True):
+            row = BLOCK_COLS * start
+            places = (
+                (gate_up + 2 * row * hidden, 2 * ffn * hidden, hidden),
+                (gate_up + 2 * (ffn + row) * hidden, 2 * ffn * hidden, hidden),
+                (down + 2 * row, hidden * ffn, ffn),
+            )
+            for m, (out, out_stride, row_stride) in zip(plan[portion.layer], places, strict=True):
+                self._unpack_matrices(m, portion.last - portion.first, at, out, out_stride, row_stride)
+                at += align(_bytes_of(m, portion))
+
+    def _unpack_matrices(
+        self, m: ExpertMatrices, experts: int, at: int, out: int, out_stride: int, row_stride: int
+    ) -> None:
+        shape = m.shape
+        if shape.nbytes == 0:
+            return
+        self._unpackers.get_function(f"unpack_{shape.format.name}")(
+            (-(-shape.groups * shape.blocks // 8), experts), (_THREADS,),
+            (
+                np.uint64(at), np.int64(shape.nbytes), np.int32(shape.groups), np.int32(shape.blocks),
+                np.int32(shape.phase), np.int32(shape.format.tile_bytes), np.int32(shape.format.super_bytes),
+                np.int64(shape.group_bytes), np.uint64(out), np.int64(out_stride), np.int64(row_stride),
+            ),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Give the shards' memory back to the host alone."""
+        self._copies.synchronize()
+        for memory, segment in zip(self._memory, self._segments, strict=True):
+            memory.close()
+            segment.close()
+
+
+def _bytes_of(m: ExpertMatrices, portion: _Portion) -> int:
+    return (portion.last - portion.first) * m.shape.nbytes
+
+
+def _portion_size(slices: Sequence[dict[int, list[ExpertMatrices]]]) -> tuple[int, int]:
+    """Experts of a portion, and the bytes of the largest portion."""
+    layers = slices[0].keys()
+    of_expert = max(sum(m.shape.nbytes for plan in slices for m in plan[layer]) for layer in layers)
+    experts = max(1, PORTION_BYTES // of_expert)
+    return experts, experts * of_expert + len(slices) * 3 * align(1)
+
+
+def streamed_bytes(config: ModelConfig, gguf: GgufFile, shards: int, max_rows: int) -> int:
+    """Bytes of VRAM that `StreamedExperts` takes."""
+    if (moe := config.moe) is None:
+        return 0
+    experts, packed = _portion_size([plan_slice(config, gguf, ShardSlice(i, shards)) for i in range(shards)])
+    pairs = max_rows * moe.n_used
+    of_pair: Any = 16 + 2 * config.hidden + 8 * moe.ffn + 2 * moe.ffn + 4 * config.hidden
+    return RING * packed + experts * 6 * moe.ffn * config.hidden + pairs * of_pair

@@ -1,0 +1,68 @@
+"""The attention side's tensors in VRAM: everything but the routed experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from numoe.engine.gguf import GgufFile
+from numoe.engine.gpu.device import cupy
+from numoe.engine.gpu.matrices import FLOATS, TILE_FORMATS, GpuMatrix, Workspace
+from numoe.engine.gpu.staging import Staging
+from numoe.engine.gpu.streamed import streamed_bytes
+from numoe.engine.models.config import ModelConfig
+from numoe.engine.progress import Progress
+from numoe.engine.worker.weights import dense_tensor_names
+
+if TYPE_CHECKING:
+    import cupy as cp
+
+_WORKSPACE_BYTES = 256 << 20
+
+
+class GpuWeights:
+    """Matrices and vectors by the names of their tensors, loaded on the current stream."""
+
+    def __init__(self, gguf: GgufFile, max_rows: int, progress: Progress) -> None:
+        self.matrices: dict[str, GpuMatrix] = {}
+        self.vectors: dict[str, cp.ndarray] = {}
+        names = dense_tensor_names(gguf)
+        tensors = [gguf.tensors[name] for name in names if len(gguf.tensors[name].shape) > 1]
+        workspace, staging = Workspace.fitting(tensors, max_rows, _WORKSPACE_BYTES), Staging()
+        try:
+            for name in names:
+                if len(gguf.tensors[name].shape) == 1:
+                    self.vectors[name] = cupy().asarray(gguf.dequantize(name), np.float32)
+                else:
+                    self.matrices[name] = GpuMatrix.load(gguf, name, workspace, staging, progress)
+        finally:
+            staging.close()
+
+
+def dense_bytes(gguf: GgufFile, names: Iterable[str]) -> int:
+    """Bytes of VRAM that the tensors take."""
+    total = 0
+    for name in names:
+        info = gguf.tensors[name]
+        rows, cols = (info.rows, info.shape[-1]) if len(info.shape) > 1 else (1, info.shape[0])
+        if len(info.shape) == 1:
+            total += 4 * cols
+        elif info.qtype in FLOATS:
+            total += FLOATS[info.qtype] * rows * cols
+        elif info.qtype in TILE_FORMATS:
+            total += -(-rows // 16) * TILE_FORMATS[info.qtype].row_bytes(-(-cols // 64))
+    return total
+
+
+def work_bytes(config: ModelConfig, gguf: GgufFile, shards: int, max_rows: int) -> int:
+    """Bytes of VRAM that a forward pass of up to `max_rows` rows works in."""
+    heads = 2 * config.n_heads * config.head_dim + 2 * config.n_kv_heads * config.head_dim
+    experts = config.moe.n_experts if config.moe else 0
+    floats = max_rows * (2 * config.hidden + heads + 2 * config.dense_ffn + experts)
+    widest = max(config.hidden, config.n_heads * config.head_dim, config.dense_ffn)
+    return (
+        4 * floats + 16 * 4 * (config.vocab + config.hidden) + 2 * max_rows * widest + _WORKSPACE_BYTES
+        + streamed_bytes(config, gguf, shards, max_rows)
+    )  # fmt: skip

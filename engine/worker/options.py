@@ -1,0 +1,56 @@
+"""What every forward pass of the attention side takes and offers, wherever it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from numoe.engine.models.config import ModelConfig
+from numoe.engine.scheduler import Batch
+from numoe.engine.worker.kv_pool import F16, KvType
+
+
+@dataclass(frozen=True)
+class ForwardOptions:
+    """Sizes of the forward pass.
+
+    max_rows: rows of a step at most. slots: sequences. n_pages: KV pages. context: tokens of a
+    sequence at most. threads: of the team; threads_on_host: of all actors on this host together.
+    shard_bound_s: how long a shard may show no sign of life. kv_type: of the KV cache.
+    """
+
+    max_rows: int
+    slots: int
+    n_pages: int
+    context: int
+    threads: int
+    threads_on_host: int
+    shard_bound_s: float = 5.0
+    kv_type: KvType = F16
+
+
+class Forward(Protocol):
+    """A forward pass: `CpuForward` or `GpuForward`."""
+
+    config: ModelConfig
+    options: ForwardOptions
+
+    def run(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """The logits float32 [len(batch.logit_rows), vocab] of a batch; its rows go to the KV pool.
+
+        The array is overwritten by the next call. UnavailableError names a shard that did not
+        answer; the batch may then be run again.
+        """
+
+    def attach_experts(self, folder: Path) -> None:
+        """Take note that the shards' weights are in shared memory now, in files of `folder`."""
+
+    def times_ms(self) -> dict[str, float]:
+        """Where the last step's time went, in milliseconds: attention, experts, wait."""
+
+    def close(self) -> None:
+        """Free what it holds."""
