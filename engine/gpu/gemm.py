@@ -13,7 +13,8 @@ _TRANSPOSED, _AS_IS = 1, 0  # cublasOperation_t
 _COMPUTE_32F = 68  # cublasComputeType_t: float32 sums, no TF32
 _DEFAULT_ALGORITHM = -1
 _TYPES: dict[Any, int] = {np.float32: 0, np.float16: 2}  # cudaDataType_t
-_ONE, _ZERO = np.ones(1, np.float32), np.zeros(1, np.float32)
+_FACTORS = np.array([0, 1], np.float32)
+_ZERO, _ONE = _FACTORS.ctypes.data, _FACTORS.ctypes.data + 4
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def multiply(weights: int, x: int, out: int, shape: Shape, count: int, dtype: An
     # cuBLAS counts columns first: to it weights are [cols, count], x is [cols, rows], out is [count, rows].
     kind, cols = _TYPES[dtype], shape.cols
     cublas.gemmEx(
-        cupy().cuda.device.get_cublas_handle(), _TRANSPOSED, _AS_IS, count, shape.rows, cols, _ONE.ctypes.data,
-        weights, kind, cols, x, kind, cols, (_ONE if add else _ZERO).ctypes.data,
+        cupy().cuda.device.get_cublas_handle(), _TRANSPOSED, _AS_IS, count, shape.rows, cols, _ONE,
+        weights, kind, cols, x, kind, cols, _ONE if add else _ZERO,
         out, _TYPES[np.float32], shape.out_cols, _COMPUTE_32F, _DEFAULT_ALGORITHM,
     )  # fmt: skip

@@ -131,8 +131,8 @@ class StreamedExperts:
             (x, self._y, self._place, self._weights, np.int32(moe.n_used), np.int32(self._config.hidden)),
         )  # fmt: skip
 
-    def _route(self, normed: cp.ndarray, logits: cp.ndarray, rows: int) -> np.ndarray:
-        """Route and gather the rows; where each expert's pairs begin, int32 [experts + 1]."""
+    def _route(self, normed: cp.ndarray, logits: cp.ndarray, rows: int) -> list[int]:
+        """Route and gather the rows; where each expert's pairs begin, [experts + 1]."""
         moe, kernels, pairs = self._moe, self._kernels, rows * self._moe.n_used
         kernels.get_function("route_rows")(
             (-(-rows // 8),), (_THREADS,),
@@ -153,7 +153,8 @@ class StreamedExperts:
             (normed, self._order, np.int32(moe.n_used), np.int32(self._config.hidden), self._rows),
         )  # fmt: skip
         known.synchronize()
-        return self._host_offsets
+        found: list[int] = self._host_offsets.tolist()
+        return found
 
     # --- copies -----------------------------------------------------------------------------------
 
@@ -184,30 +185,35 @@ class StreamedExperts:
 
     # --- products ---------------------------------------------------------------------------------
 
-    def _multiply(self, number: int, offsets: np.ndarray) -> None:
+    def _multiply(self, number: int, offsets: list[int]) -> None:
         """The products of a portion's experts with their rows."""
         portion, slot = self._portions[number], number % RING
-        moe, hidden, stream = self._moe, self._config.hidden, cupy().cuda.get_current_stream()
+        ffn, hidden, stream = self._moe.ffn, self._config.hidden, cupy().cuda.get_current_stream()
         stream.wait_event(self._copied[slot])
         self._unpack(portion, self._ring[slot].data.ptr)
         self._free[slot].record(stream)
-        first, last = int(offsets[portion.first]), int(offsets[portion.last])
+        first, last = offsets[portion.first], offsets[portion.last]
         if first == last:
             return
-        busy = [e for e in range(portion.first, portion.last) if offsets[e] < offsets[e + 1]]
-        for expert in busy:
-            at, count = int(offsets[expert]), int(offsets[expert + 1] - offsets[expert])
+        # Addresses are reckoned here: an array's slice takes Python longer than cuBLAS a launch.
+        gate_up, rows, both = self._gate_up.data.ptr, self._rows.data.ptr, self._both.data.ptr
+        down, h, y = self._down.data.ptr, self._h.data.ptr, self._y.data.ptr
+        experts = [
+            (e - portion.first, offsets[e], offsets[e + 1] - offsets[e])
+            for e in range(portion.first, portion.last)
+            if offsets[e] < offsets[e + 1]
+        ]
+        for i, at, count in experts:
             gemm.multiply(
-                self._gate_up[expert - portion.first].data.ptr, self._rows[at].data.ptr, self._both[at].data.ptr,
-                gemm.Shape(count, hidden, 2 * moe.ffn), 2 * moe.ffn, np.float16, add=False,
+                gate_up + 4 * i * ffn * hidden, rows + 2 * at * hidden, both + 8 * at * ffn,
+                gemm.Shape(count, hidden, 2 * ffn), 2 * ffn, np.float16, add=False,
             )  # fmt: skip
-        swiglu = self._kernels.get_function("swiglu_pairs")
-        swiglu((last - first,), (_THREADS,), (self._both[first:last], np.int32(moe.ffn), self._h[first:last]))
-        for expert in busy:
-            at, count = int(offsets[expert]), int(offsets[expert + 1] - offsets[expert])
+        arguments = (np.uint64(both + 8 * first * ffn), np.int32(ffn), np.uint64(h + 2 * first * ffn))
+        self._kernels.get_function("swiglu_pairs")((last - first,), (_THREADS,), arguments)
+        for i, at, count in experts:
             gemm.multiply(
-                self._down[expert - portion.first].data.ptr, self._h[at].data.ptr, self._y[at].data.ptr,
-                gemm.Shape(count, moe.ffn, hidden), hidden, np.float16, add=False,
+                down + 2 * i * hidden * ffn, h + 2 * at * ffn, y + 4 * at * hidden,
+                gemm.Shape(count, ffn, hidden), hidden, np.float16, add=False,
             )  # fmt: skip
 
     def _unpack(self, portion: _Portion, at: int) -> None:
