@@ -28,6 +28,7 @@ DECODE_ROWS = 16
 
 _THREADS = 128
 _WARPS = 4
+_MERGE_THREADS = 512
 _KINDS = {"f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
 _MAX_PREFILL_SPLITS = 32
 _GOOD_OCCUPANCY = 0.9
@@ -63,16 +64,16 @@ class GpuAttention:
         self._rope_table, self._append = rope.get_function("rope_table"), rope.get_function(append)
 
         heads8 = 1 if self._group <= 8 else 2
-        decode = f"decode<{dim}, {heads8}, {kinds}>"
+        widest = max(_code_bytes(kind, dim) for kind in (self._pool.kind.keys, self._pool.kind.values))
+        self._decode_tiles, resident = _decode_shape(dim, heads8, widest)
+        decode = f"decode<{dim}, {heads8}, {kinds}, {self._decode_tiles}, {resident}>"
         self._decode = module("attention_decode", decode).get_function(decode)
         self._merge = module("attention_merge").get_function("merge")
         self._head_parts = -(-self._group // (8 * heads8))
-        # As many blocks as are on the device at once, for one row; not fewer than a warp's tile each.
-        blocks = sms * (1 if dim > 128 else 3 if heads8 == 1 else 2)
-        widest = max(_code_bytes(kind, dim) for kind in (self._pool.kind.keys, self._pool.kind.values))
-        self._decode_tokens = 16 if widest > 128 else 32
-        most = -(-self._max_pages * PAGE_TOKENS // (self._decode_tokens * _WARPS))
-        self._splits = min(max(1, blocks // (config.n_kv_heads * self._head_parts)), most)
+        # As many blocks as are on the device at once, for one row.
+        blocks = sms * resident // (config.n_kv_heads * self._head_parts)
+        most = -(-self._max_pages * PAGE_TOKENS // (2 * 16 * self._decode_tiles * _WARPS))
+        self._splits = min(max(1, blocks), most)
 
         old = self._gpu.capability < (8, 0)  # 64 KB of shared memory
         rows16, tokens = (2, 32 if old else 64) if dim <= 128 else (1, 16 if old else 32)
@@ -146,7 +147,7 @@ class GpuAttention:
                 *self._place(layer, page_tables), splits, self._parts, self._states,
             ),
         )  # fmt: skip
-        self._merge_parts(self._splits, positions, self._decode_tokens, out, rows)
+        self._merge_parts(self._splits, positions, self._decode_tiles, out, rows)
 
     def prefill(
         self, layer: int, q: cp.ndarray, positions: cp.ndarray, slots: cp.ndarray, page_tables: cp.ndarray,
@@ -178,12 +179,13 @@ class GpuAttention:
         good = (splits for splits in range(1, most + 1) if occupancy(splits) >= _GOOD_OCCUPANCY)
         return next(good, None) or max(range(1, most + 1), key=occupancy)
 
-    def _merge_parts(self, splits: int, positions: cp.ndarray, tokens: int, out: cp.ndarray, rows: int) -> None:
+    def _merge_parts(self, splits: int, positions: cp.ndarray, tiles: int, out: cp.ndarray, rows: int) -> None:
         config = self._config
+        lanes = 32 if config.head_dim <= 128 else 64
         self._merge(
-            (config.n_heads, rows), (256,),
+            (config.n_heads, rows), (lanes * min(splits, _MERGE_THREADS // lanes),),
             (
-                self._parts, self._states, np.int32(config.head_dim), np.int32(splits), positions, np.int32(tokens),
+                self._parts, self._states, np.int32(config.head_dim), np.int32(splits), positions, np.int32(tiles),
                 out,
             ),
             shared_mem=4 * splits,
@@ -196,6 +198,14 @@ class GpuAttention:
             np.uint64(pool.layer_address(layer)), np.int64(pool.page_bytes), np.int32(pool.head_bytes),
             np.int32(pool.key_bytes), page_tables, np.int32(page_tables.shape[1]),
         )  # fmt: skip
+
+
+def _decode_shape(dim: int, heads8: int, widest: int) -> tuple[int, int]:
+    """Tiles that a warp of decode takes at once and blocks on a multiprocessor, as registers allow.
+
+    heads8: query heads of a block over 8. widest: bytes of a token's keys or values.
+    """
+    return 1 if widest >= 128 <= dim else 2, 1 if dim > 128 else 3 if heads8 == 1 else 2
 
 
 def _code_bytes(kind: str, dim: int) -> int:

@@ -5,6 +5,7 @@
 // has 16 tokens by 8 heads, O^T = V^T P^T 16 dimensions by 8 heads. Which dimension a register stands for
 // is free as long as both operands agree; it is chosen so that lanes read 16 bytes in a row. The next
 // tile's keys are under way while this tile's values are waited for, and the other way round.
+// Every warp of a row gets as many tiles, but for one.
 //
 // Softmax is online (Milakov & Gimelshein 2018), in base 2. The reference that scores are taken
 // relative to follows the maximum only when that outgrows it by SLACK, so tiles seldom rescale.
@@ -12,7 +13,6 @@
 #include "mma.cuh"
 
 constexpr int WARPS = DECODE_WARPS;
-constexpr int TILE = 16;
 constexpr float SLACK = 6;   // weights reach 2^(SLACK + LIFT), within float16's range,
 constexpr float LIFT = 8;    // and small ones stay normal numbers
 
@@ -208,9 +208,9 @@ template <int DIM, KvKind KIND> struct Queries {
         for (int step = 0; step < DIM / 16; step++) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                float x = g < heads ? mine[Keys<DIM, KIND>::dimension(step, 2 * i)] * scale : 0;
-                float y = g < heads ? mine[Keys<DIM, KIND>::dimension(step, 2 * i + 1)] * scale : 0;
-                b[step][i] = pack(x, y);
+                float x = g < heads ? mine[Keys<DIM, KIND>::dimension(step, 2 * i)] : 0;
+                float y = g < heads ? mine[Keys<DIM, KIND>::dimension(step, 2 * i + 1)] : 0;
+                b[step][i] = pack(x * scale, y * scale);
                 if constexpr (KIND != F16) {
                     float sum = half_to_float(uint16(b[step][i])) + half_to_float(uint16(b[step][i] >> 16));
                     bias[step / 2][0] -= Keys<DIM, KIND>::bias(2 * i) * sum;
@@ -228,6 +228,38 @@ template <int DIM, KvKind KIND> struct Queries {
     }
 };
 
+// Scores of a tile's tokens (rows) for the heads (columns) of each of `queries`.
+template <int DIM, int HEADS8, KvKind KIND>
+inline void score(const Keys<DIM, KIND>& keys, const Queries<DIM, KIND> (&queries)[HEADS8], float (&s)[HEADS8][4]) {
+#pragma unroll
+    for (int h = 0; h < HEADS8; h++) s[h][0] = s[h][1] = s[h][2] = s[h][3] = 0;
+    if constexpr (KIND == F16) {
+        unroll<DIM / 16>([&](auto step) {
+            uint32 a[4];
+            keys.template operand<step.value>(a);
+#pragma unroll
+            for (int h = 0; h < HEADS8; h++) mma(s[h], a, queries[h].b[step.value][0], queries[h].b[step.value][1]);
+        });
+    } else {
+        unroll<DIM / BLOCK>([&](auto block) {
+            constexpr int B = block.value;
+            uint32 a[2][4];
+            keys.template operand<2 * B>(a[0]);
+            keys.template operand<2 * B + 1>(a[1]);
+            float scales[2] = {keys.template scale<B>(0), keys.template scale<B>(1)};
+#pragma unroll
+            for (int h = 0; h < HEADS8; h++) {
+                const float* bias = queries[h].bias[B];
+                float c[4] = {bias[0], bias[1], bias[0], bias[1]};
+                mma(c, a[0], queries[h].b[2 * B][0], queries[h].b[2 * B][1]);
+                mma(c, a[1], queries[h].b[2 * B + 1][0], queries[h].b[2 * B + 1][1]);
+#pragma unroll
+                for (int j = 0; j < 4; j++) s[h][j] += scales[j / 2] * c[j];
+            }
+        });
+    }
+}
+
 // What a warp has so far: O^T unnormalised, the reference of its weights and this lane's share of their sum,
 // for heads 2t and 2t + 1.
 template <int DIM, int HEADS8> struct Sums {
@@ -244,7 +276,7 @@ template <int DIM, int HEADS8> struct Sums {
         }
     }
 
-    // Makes all relative to another reference, not lower than -infinity's successor.
+    // Makes a head's sums relative to another reference.
     inline void rescale(int h, int head, float to) {
         float factor = reference[h][head] == -INFINITY ? 0 : exp2_fast(reference[h][head] - to);
         reference[h][head] = to;
@@ -294,145 +326,132 @@ inline void soften(float (&s)[TILES][HEADS8][4], Sums<DIM, HEADS8>& sums) {
     }
 }
 
-// Folds warps 2 and 3 into 0 and 1, then 1 into 0.
-template <int DIM, int HEADS8> inline void fold_warps(Sums<DIM, HEADS8>& sums) {
-    constexpr int PARTS = HEADS8 * (DIM / 16);
-    __shared__ float4 outs[WARPS / 2][PARTS][WARP];
-    __shared__ float states[WARPS / 2][HEADS8][2][2][WARP];
-    int warp = warp_id(), lane = lane_id();
+// Adds up the warps' sums and writes them, unnormalised, with their reference and total: to `parts` and `states`,
+// which are `splits` rows of DIM and states apart from head to head.
+template <int DIM, int HEADS8, KvKind VALUES>
+inline void write_sums(const Sums<DIM, HEADS8>& sums, int heads, int splits, float* parts, float2* states) {
+    constexpr int STEPS = DIM / 16;
+    __shared__ float4 outs[WARPS][STEPS][WARP];
+    __shared__ float2 both[WARPS][HEADS8][2][4];  // reference and total of heads 2t and 2t + 1
+    int warp = warp_id(), lane = lane_id(), t = lane % 4;
 #pragma unroll
-    for (int half = WARPS / 2; half > 0; half /= 2) {
-        if (warp >= half && warp < 2 * half) {
+    for (int h = 0; h < HEADS8; h++) {
 #pragma unroll
-            for (int h = 0; h < HEADS8; h++) {
+        for (int i = 0; i < 2; i++) {
+            float total = sums.total[h][i];
 #pragma unroll
-                for (int i = 0; i < DIM / 16; i++) {
-                    float* o = sums.out[h][i];
-                    outs[warp - half][h * (DIM / 16) + i][lane] = make_float4(o[0], o[1], o[2], o[3]);
-                }
-#pragma unroll
-                for (int head = 0; head < 2; head++) {
-                    states[warp - half][h][head][0][lane] = sums.reference[h][head];
-                    states[warp - half][h][head][1][lane] = sums.total[h][head];
-                }
-            }
+            for (int lanes = 4; lanes < WARP; lanes *= 2) total += __shfl_xor_sync(ALL_LANES, total, lanes);
+            if (lane < 4) both[warp][h][i][t] = make_float2(sums.reference[h][i], total);
         }
-        __syncthreads();
-        if (warp < half) {
-#pragma unroll
-            for (int h = 0; h < HEADS8; h++) {
-                float factor[2];
-#pragma unroll
-                for (int head = 0; head < 2; head++) {
-                    float other = states[warp][h][head][0][lane];
-                    sums.rescale(h, head, fmaxf(other, sums.reference[h][head]));
-                    factor[head] = other == -INFINITY ? 0 : exp2_fast(other - sums.reference[h][head]);
-                    sums.total[h][head] += factor[head] * states[warp][h][head][1][lane];
-                }
-#pragma unroll
-                for (int i = 0; i < DIM / 16; i++) {
-                    float4 o = outs[warp][h * (DIM / 16) + i][lane];
-                    sums.out[h][i][0] += factor[0] * o.x, sums.out[h][i][1] += factor[1] * o.y;
-                    sums.out[h][i][2] += factor[0] * o.z, sums.out[h][i][3] += factor[1] * o.w;
-                }
-            }
-        }
-        __syncthreads();
     }
-}
-
-constexpr int tiles_at_once(KvKind keys, KvKind values, int dim) {
-    int bytes = code_bytes(keys, dim) > code_bytes(values, dim) ? code_bytes(keys, dim) : code_bytes(values, dim);
-    return bytes > 128 ? 1 : 2;
+#pragma unroll
+    for (int h = 0; h < HEADS8; h++) {
+        if (h > 0) __syncthreads();
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            const float* o = sums.out[h][i];
+            outs[warp][i][lane] = make_float4(o[0], o[1], o[2], o[3]);
+        }
+        __syncthreads();
+        float factors[WARPS][2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float reference = -INFINITY, total = 0;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) reference = fmaxf(reference, both[w][h][i][t].x);
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) {
+                float2 state = both[w][h][i][t];
+                factors[w][i] = state.x == -INFINITY ? 0 : exp2_fast(state.x - reference);
+                total += factors[w][i] * state.y;
+            }
+            int head = 8 * h + 2 * t + i;
+            if (warp == 0 && lane < 4 && head < heads) states[int64(head) * splits] = make_float2(reference, total);
+        }
+        for (int i = warp; i < STEPS; i += WARPS) {
+            float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) {
+                float4 o = outs[w][i][lane];
+                sum.x += factors[w][0] * o.x, sum.y += factors[w][1] * o.y;
+                sum.z += factors[w][0] * o.z, sum.w += factors[w][1] * o.w;
+            }
+            float* to = parts + int64(8 * h + 2 * t) * splits * DIM + Values<DIM, VALUES>::dimension(i);
+            if (8 * h + 2 * t < heads) *reinterpret_cast<float2*>(to) = make_float2(sum.x, sum.z);
+            if (8 * h + 2 * t + 1 < heads) *reinterpret_cast<float2*>(to + int64(splits) * DIM) = make_float2(sum.y, sum.w);
+        }
+    }
 }
 
 // q float32 [rows, kv_heads * group, DIM], rotated -> parts float32 [rows, heads, splits, DIM], relative to and
 // with sums of states [rows, heads, splits]. scale: of the softmax, times log2 e.
 // Grid: splits; KV heads, for each 8 HEADS8 of its query heads; rows. How many splits a row has work for
-// follows from its length alone, and so do all of its sums.
-template <int DIM, int HEADS8, KvKind KEYS, KvKind VALUES>
-__global__ void __launch_bounds__(WARPS* WARP, DIM > 128 ? 1 : HEADS8 == 1 ? 3 : 2) decode(
+// follows from its length alone, and so do all of its sums. TILES: that a warp takes at once. RESIDENT: blocks
+// that a multiprocessor is to have room for.
+template <int DIM, int HEADS8, KvKind KEYS, KvKind VALUES, int TILES, int RESIDENT>
+__global__ void __launch_bounds__(WARPS * WARP, RESIDENT) decode(
     const float* q, int kv_heads, int group, float scale, const int* positions, const int* slots, KV_PARAMETERS,
     int splits, float* parts, float2* states) {
-    constexpr int TILES = tiles_at_once(KEYS, VALUES, DIM), TOKENS = TILES * TILE;
     int row = blockIdx.z, split = blockIdx.x, kv_head = blockIdx.y % kv_heads;
     int first_head = blockIdx.y / kv_heads * 8 * HEADS8, heads = min(group - first_head, 8 * HEADS8);
-    int length = positions[row] + 1, steps = divide_up(length, TOKENS);
-    int used = used_splits(splits, length, TOKENS);
+    int slot = slots[row], length = positions[row] + 1, used = used_splits(splits, length, TILES);
     if (split >= used) return;
-    const int* pages = page_tables + int64(slots[row]) * max_pages;
-    int step = int(int64(steps) * split / used) + warp_id(), end = int(int64(steps) * (split + 1) / used);
+    const int* pages = page_tables + int64(slot) * max_pages;
     int64 head = int64(row) * kv_heads * group + kv_head * group + first_head;
 
-    auto keys_of = [&](int at) {
-        return find_keys(layer, page_bytes, head_bytes, pages, at / (PAGE_TOKENS / TOKENS), kv_head);
-    };
-    auto token_of = [&](int at) { return at % (PAGE_TOKENS / TOKENS) * TOKENS; };
-    auto last_of = [&](int at) { return min(PAGE_TOKENS, length - at / (PAGE_TOKENS / TOKENS) * PAGE_TOKENS) - 1; };
+    // This warp's tiles.
+    int tiles = divide_up(length, TILE), share = split * WARPS + warp_id();
+    int tile = int(int64(tiles) * share / (used * WARPS)), end = int(int64(tiles) * (share + 1) / (used * WARPS));
 
     Keys<DIM, KEYS> keys[TILES];
     Values<DIM, VALUES> values[TILES];
-    Sums<DIM, HEADS8> sums;
-    Queries<DIM, KEYS> queries[HEADS8];
-    const char* place = nullptr;
-    if (step < end) {
-        place = keys_of(step);
-#pragma unroll
-        for (int i = 0; i < TILES; i++) keys[i].load(place, token_of(step) + TILE * i, last_of(step));
-    }
-#pragma unroll
-    for (int h = 0; h < HEADS8; h++) queries[h].load(q + (head + 8 * h) * DIM, heads - 8 * h, scale);
-    sums.clear();
-
-    while (step < end) {
-#pragma unroll
-        for (int i = 0; i < TILES; i++) values[i].load(place + key_bytes, token_of(step) + TILE * i, last_of(step));
-        int next = step + WARPS;
-        if (next < end) place = keys_of(next);
-
-        float s[TILES][HEADS8][4];
+    const char* places[TILES];
+    // Where tile at + i is; in place of one beyond the end, the last.
+    auto find = [&](int at) {
 #pragma unroll
         for (int i = 0; i < TILES; i++) {
-            if constexpr (KEYS == F16) {
-#pragma unroll
-                for (int h = 0; h < HEADS8; h++) s[i][h][0] = s[i][h][1] = s[i][h][2] = s[i][h][3] = 0;
-                unroll<DIM / 16>([&](auto at) {
-                    uint32 a[4];
-                    keys[i].template operand<at.value>(a);
-#pragma unroll
-                    for (int h = 0; h < HEADS8; h++) mma(s[i][h], a, queries[h].b[at.value][0], queries[h].b[at.value][1]);
-                });
-            } else {
-                unroll<DIM / BLOCK>([&](auto block) {
-                    constexpr int B = block.value;
-                    uint32 a[2][4];
-                    keys[i].template operand<2 * B>(a[0]);
-                    keys[i].template operand<2 * B + 1>(a[1]);
-                    float scales[2] = {keys[i].template scale<B>(0), keys[i].template scale<B>(1)};
-#pragma unroll
-                    for (int h = 0; h < HEADS8; h++) {
-                        float c[4] = {queries[h].bias[B][0], queries[h].bias[B][1], queries[h].bias[B][0], queries[h].bias[B][1]};
-                        mma(c, a[0], queries[h].b[2 * B][0], queries[h].b[2 * B][1]);
-                        mma(c, a[1], queries[h].b[2 * B + 1][0], queries[h].b[2 * B + 1][1]);
-#pragma unroll
-                        for (int j = 0; j < 4; j++) s[i][h][j] = B ? s[i][h][j] + scales[j / 2] * c[j] : scales[j / 2] * c[j];
-                    }
-                });
-            }
+            int page = min(at + i, end - 1) / (PAGE_TOKENS / TILE);
+            places[i] = find_keys(layer, page_bytes, head_bytes, pages, page, kv_head);
         }
-        int left = length - step * TOKENS;
-        if (next < end) {
+    };
+    auto first_token = [&](int at) { return min(at, end - 1) % (PAGE_TOKENS / TILE) * TILE; };
+    auto last_token = [&](int at) { return min(PAGE_TOKENS, length - min(at, end - 1) / (PAGE_TOKENS / TILE) * PAGE_TOKENS) - 1; };
+    auto load_keys = [&](int at) {
 #pragma unroll
-            for (int i = 0; i < TILES; i++) keys[i].load(place, token_of(next) + TILE * i, last_of(next));
-        }
-        if (left < TOKENS) {
+        for (int i = 0; i < TILES; i++) keys[i].load(places[i], first_token(at + i), last_token(at + i));
+    };
+    auto load_values = [&](int at) {
+#pragma unroll
+        for (int i = 0; i < TILES; i++) values[i].load(places[i] + key_bytes, first_token(at + i), last_token(at + i));
+    };
+
+    if (tile < end) {
+        find(tile);
+        load_keys(tile);
+        load_values(tile);
+    }
+    Queries<DIM, KEYS> queries[HEADS8];
+#pragma unroll
+    for (int h = 0; h < HEADS8; h++) queries[h].load(q + (head + 8 * h) * DIM, heads - 8 * h, scale);
+    Sums<DIM, HEADS8> sums;
+    sums.clear();
+
+    for (int next; tile < end; tile = next) {
+        next = tile + TILES;
+        if (next < end) find(next);
+        float s[TILES][HEADS8][4];
+#pragma unroll
+        for (int i = 0; i < TILES; i++) score(keys[i], queries, s[i]);
+        if (next < end) load_keys(next);
+        if (next > end || next * TILE > length) {
 #pragma unroll
             for (int i = 0; i < TILES; i++) {
+                int left = tile + i < end ? length - (tile + i) * TILE - token_of_row() : 0;
 #pragma unroll
                 for (int h = 0; h < HEADS8; h++) {
 #pragma unroll
                     for (int j = 0; j < 4; j++) {
-                        if (TILE * i + token_of_row() + j / 2 * 2 >= left) s[i][h][j] = -INFINITY;
+                        if (j / 2 * 2 >= left) s[i][h][j] = -INFINITY;
                     }
                 }
             }
@@ -446,50 +465,25 @@ __global__ void __launch_bounds__(WARPS* WARP, DIM > 128 ? 1 : HEADS8 == 1 ? 3 :
                 b[h][0] = transpose(pack(s[i][h][0], s[i][h][1]));
                 b[h][1] = transpose(pack(s[i][h][2], s[i][h][3]));
             }
-            unroll<DIM / 16>([&](auto at) {
+            unroll<DIM / 16>([&](auto step) {
                 uint32 a[4];
-                values[i].template operand<at.value>(a);
+                values[i].template operand<step.value>(a);
 #pragma unroll
-                for (int h = 0; h < HEADS8; h++) mma(sums.out[h][at.value], a, b[h][0], b[h][1]);
+                for (int h = 0; h < HEADS8; h++) mma(sums.out[h][step.value], a, b[h][0], b[h][1]);
             });
         }
-        step = next;
+        if (next < end) load_values(next);
     }
-
-#pragma unroll
-    for (int h = 0; h < HEADS8; h++) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-#pragma unroll
-            for (int lanes = 4; lanes < WARP; lanes *= 2) sums.total[h][i] += __shfl_xor_sync(ALL_LANES, sums.total[h][i], lanes);
-        }
-    }
-    fold_warps(sums);
-    if (warp_id() > 0) return;
-#pragma unroll
-    for (int h = 0; h < HEADS8; h++) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            int mine = 8 * h + 2 * (lane_id() % 4) + i;
-            if (mine >= heads) continue;
-            int64 at = (head + mine) * splits + split;
-            if (lane_id() < 4) states[at] = make_float2(sums.reference[h][i], sums.total[h][i]);
-#pragma unroll
-            for (int j = 0; j < DIM / 16; j++) {
-                float2 two = make_float2(sums.out[h][j][i], sums.out[h][j][2 + i]);
-                *reinterpret_cast<float2*>(parts + at * DIM + Values<DIM, VALUES>::dimension(j)) = two;
-            }
-        }
-    }
+    write_sums<DIM, HEADS8, VALUES>(sums, heads, splits, parts + (head * splits + split) * DIM, states + head * splits + split);
 }
 
 #ifdef ALL_INSTANCES  // rather, some of each sort
 #define INSTANCE(...)                          \
     template __global__ void decode<__VA_ARGS__>( \
         const float*, int, int, float, const int*, const int*, KV_PARAMETERS, int, float*, float2*)
-INSTANCE(128, 1, F16, F16);
-INSTANCE(128, 2, Q8_0, Q8_0);
-INSTANCE(64, 1, Q4_0, F16);
-INSTANCE(96, 2, Q4_0, Q8_0);
-INSTANCE(80, 1, F16, F16);
+INSTANCE(128, 1, F16, F16, 1, 3);
+INSTANCE(128, 2, Q8_0, Q8_0, 2, 2);
+INSTANCE(64, 1, Q4_0, F16, 2, 3);
+INSTANCE(96, 2, Q4_0, Q8_0, 2, 2);
+INSTANCE(80, 1, F16, F16, 1, 3);
 #endif

@@ -23,10 +23,11 @@ inline char* find_keys(char* layer, int64 page_bytes, int head_bytes, const int*
     return layer + page_table[page] * page_bytes + kv_head * head_bytes;
 }
 
-// Decode: how many of SPLITS shares of a row's context there is work for, by tokens that a warp takes at once.
-constexpr int DECODE_WARPS = 4;
-inline int used_splits(int splits, int length, int tokens) {
-    return min(splits, divide_up(divide_up(length, tokens), DECODE_WARPS));
+// Decode: how many of SPLITS shares of a row's context there is work for: each of a block's warps then takes
+// two rounds of TILES tiles of 16 tokens at least.
+constexpr int DECODE_WARPS = 4, TILE = 16;
+inline int used_splits(int splits, int length, int tiles) {
+    return min(splits, divide_up(divide_up(length, TILE), 2 * tiles * DECODE_WARPS));
 }
 
 // float16 whose mantissa holds a code: the code's bits and MAGIC are code + 1024 (or + 64, four bits up).
