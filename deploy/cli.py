@@ -15,6 +15,7 @@ from numoe.deploy.commands.bench import bench
 from numoe.deploy.commands.demo import demo
 from numoe.deploy.commands.generate import generate
 from numoe.deploy.commands.logits import logits
+from numoe.deploy.commands.plan import plan
 from numoe.deploy.commands.serve import serve
 from numoe.deploy.commands.status import status
 from numoe.deploy.commands.stop import stop
@@ -28,7 +29,7 @@ app = App(
     help="Serve giant Mixture-of-Experts models on hardware that people own.",
     version=lambda: importlib.metadata.version("numoe"),
 )
-for command in (demo, serve, generate, status, stop, logits, tokenize, bench, version):
+for command in (demo, plan, serve, generate, status, stop, logits, tokenize, bench, version):
     app.command(command)
 
 

@@ -28,17 +28,27 @@ from numoe.engine.worker.requirements import check_kernel_shapes
 _console = Console(stderr=True)
 
 
-def plan_model(path: str | Path, options: PlanOptions) -> tuple[Plan, KernelBuild]:
-    """Check a model file and this host, and begin to compile what it needs.
+@contextmanager
+def place_model(path: str | Path, options: PlanOptions) -> Iterator[tuple[ModelConfig, GgufFile, Plan]]:
+    """A model file that is open inside the block, and its plan on this host.
 
-    Raises NumoeError for a file that cannot be served, options that make no sense, too little memory.
+    Raises NumoeError for a file that cannot be served, and options that make no sense.
     """
     with GgufFile.open(path) as gguf:
         gguf.check_weight_types()
         config = ModelConfig.from_gguf(gguf)
         check_kernel_shapes(config)
         shm.remove_stale()
-        plan = make_plan(config, gguf, replace(read_topology(), gpu=find_gpu(options.device)), options)
+        topology = replace(read_topology(), gpu=find_gpu(options.device))
+        yield config, gguf, make_plan(config, gguf, topology, options)
+
+
+def plan_model(path: str | Path, options: PlanOptions) -> tuple[Plan, KernelBuild]:
+    """Check a model file and this host, and begin to compile what it needs.
+
+    Raises NumoeError for a file that cannot be served, options that make no sense, too little memory.
+    """
+    with place_model(path, options) as (_, gguf, plan):
         check_memory(plan)
         return plan, KernelBuild(gguf)
 

@@ -7,7 +7,7 @@ import json
 import logging
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ class Device:
 
     capability:   its compute capability, e.g. (9, 0).
     memory_bytes: all of its memory; free_bytes: what nobody has taken.
+    copy_bytes_s: bytes a second that it reads and writes while copying, 0 if nobody measured.
     sms:          streaming multiprocessors.
     """
 
@@ -31,6 +32,7 @@ class Device:
     memory_bytes: int
     free_bytes: int
     sms: int
+    copy_bytes_s: float = 0.0
 
 
 @functools.cache
@@ -86,6 +88,21 @@ def find_gpu(wanted: str) -> Device | None:
     return None
 
 
+def _measured(device: Device) -> Device:
+    """The current device with its bandwidth: the best of a few copies."""
+    cp, size = cupy(), 256 << 20
+    source, target = cp.zeros(size, cp.uint8), cp.empty(size, cp.uint8)
+    times = []
+    for _ in range(5):
+        start, end = cp.cuda.Event(), cp.cuda.Event()
+        start.record()
+        target.data.copy_from_device_async(source.data, size)
+        end.record()
+        end.synchronize()
+        times.append(cp.cuda.get_elapsed_time(start, end) / 1e3)
+    return replace(device, copy_bytes_s=2 * size / min(times))
+
+
 def _has_driver() -> bool:
     """Whether NVIDIA's kernel driver is there."""
     return Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists()
@@ -93,6 +110,6 @@ def _has_driver() -> bool:
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(asdict(current())))
+        print(json.dumps(asdict(_measured(current()))))
     except NumoeError as error:
         sys.exit(str(error))
