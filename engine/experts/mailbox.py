@@ -114,9 +114,12 @@ class Mailbox:
         return flat.reshape(self.layout.shards, self.layout.max_rows, self.layout.hidden)
 
     def begin_step(self) -> None:
-        """Have the shards' threads spin until `end_step`: requests come from one who cannot wake them."""
+        """Keep the shards' threads from sleeping until `end_step`: requests come from one who cannot wake them."""
+        self.segment.array[STEPPING : STEPPING + 4].view(np.uint32)[0] = 1
+
+    def wake_shards(self) -> None:
+        """Wake those who were asleep when the step began."""
         words = self.segment.array
-        words[STEPPING : STEPPING + 4].view(np.uint32)[0] = 1
         until = time.monotonic() + _WAKE_S
         while words[REQUEST_SLEEPERS : REQUEST_SLEEPERS + 4].view(np.uint32)[0] and time.monotonic() < until:
             wake_word(self.base + REQUEST_SEQUENCE)

@@ -57,6 +57,8 @@ class GpuAttention:
         self._states = cupy.empty((parts, 2), np.float32)
 
     def _load_kernels(self) -> None:
+        import cupy
+
         config, dim, sms = self._config, self._config.head_dim, self._gpu.sms
         kinds = f"{_KINDS[self._pool.kind.keys]}, {_KINDS[self._pool.kind.values]}"
         append = f"rope_append<{kinds}>"
@@ -72,7 +74,7 @@ class GpuAttention:
         self._head_parts = -(-self._group // (8 * heads8))
         # As many blocks as are on the device at once, for one row.
         blocks = sms * resident // (config.n_kv_heads * self._head_parts)
-        most = -(-self._max_pages * PAGE_TOKENS // (2 * 16 * self._decode_tiles * _WARPS))
+        most = -(-self._max_pages * PAGE_TOKENS // (2 * 16 * _WARPS))
         self._splits = min(max(1, blocks), most)
 
         old = self._gpu.capability < (8, 0)  # 64 KB of shared memory
@@ -87,7 +89,8 @@ class GpuAttention:
         )
         self._prefill_shared = (self._prefill_m + 2 * tokens) * (2 * dim + 16) + raw
         self._prefill.max_dynamic_shared_size_bytes = self._prefill_shared
-        self._prefill_slots = sms * (2 if dim <= 128 else 1)
+        shared = int(cupy.cuda.Device().attributes["MaxSharedMemoryPerMultiprocessor"])
+        self._prefill_slots: int = sms * min(2 if dim <= 128 else 1, shared // (self._prefill_shared + 1024))
 
     def begin(self, positions: cp.ndarray, rows: int) -> None:
         """Compute the rotary table of a step's rows; positions int32 [rows]."""
@@ -141,7 +144,7 @@ class GpuAttention:
         """Attention of up to DECODE_ROWS rows, whatever sequences they are of; arguments as of `run`."""
         config, splits = self._config, np.int32(self._splits)
         self._decode(
-            (self._splits, config.n_kv_heads * self._head_parts, rows), (_THREADS,),
+            (config.n_kv_heads * self._head_parts, rows, self._splits), (_THREADS,),
             (
                 q, np.int32(config.n_kv_heads), np.int32(self._group), self._scale, positions, slots,
                 *self._place(layer, page_tables), splits, self._parts, self._states,

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,7 @@ from numoe.engine.gpu.attention import GpuAttention
 from numoe.engine.gpu.device import cupy
 from numoe.engine.gpu.exchange import WORDS, GpuExchange
 from numoe.engine.gpu.kv_pool import GpuKvPool
+from numoe.engine.gpu.logits import DeviceLogits
 from numoe.engine.gpu.matrices import multiply_all
 from numoe.engine.gpu.step import StepInputs
 from numoe.engine.gpu.streamed import StreamedExperts
@@ -32,6 +35,7 @@ from numoe.engine.gpu.weights import GpuWeights
 from numoe.engine.kv.pages import pages_for
 from numoe.engine.models.config import ModelConfig
 from numoe.engine.progress import Progress
+from numoe.engine.sampling import HostLogits, StepLogits
 from numoe.engine.scheduler import Batch
 from numoe.engine.worker.options import ForwardOptions
 
@@ -87,43 +91,50 @@ class GpuForward:
         if config.dense_ffn:
             self._gate, self._up = floats(config.dense_ffn), floats(config.dense_ffn)
         self._last = floats(config.hidden, GRAPH_ROWS)
-        self._logits = floats(config.vocab, GRAPH_ROWS)
-        self._host_logits: npt.NDArray[np.float32] = cupyx.empty_pinned((GRAPH_ROWS, config.vocab), np.float32)
+        self._logits = DeviceLogits(GRAPH_ROWS, config.vocab)
         self._host_words: npt.NDArray[np.uint8] = cupyx.zeros_pinned(WORDS.itemsize, np.uint8)
 
     # --- running ----------------------------------------------------------------------------------
 
-    def run(self, batch: Batch) -> npt.NDArray[np.float32]:
-        """The logits float32 [len(batch.logit_rows), vocab] of a batch; its rows go to the KV pool.
+    def run(self, batch: Batch) -> StepLogits:
+        """The logits [len(batch.logit_rows), vocab] of a batch; its rows go to the KV pool.
 
-        The array is overwritten by the next call. UnavailableError names a shard that did not
-        answer; the batch may then be run again.
+        They are good until the next call. UnavailableError names a shard that did not answer; the
+        batch may then be run again.
         """
         start, rows = time.perf_counter(), len(batch.token_ids)
-        with self._stream:
+        if rows > GRAPH_ROWS and self.stream_from is None:
+            self.stream_from = self._measure_threshold()
+        with self._stream, self._stepping():
             self._inputs.load(batch)
-            if self._mailbox is not None:
-                self._mailbox.begin_step()
-            try:
-                if rows <= GRAPH_ROWS:
-                    self._graph(rows).launch(self._stream)
-                else:
-                    if self.stream_from is None:
-                        self.stream_from = self._measure_threshold()
-                    self._body(rows, _decode_rows(batch))
-                self._copy_words()
-                self._stream.synchronize()
-            finally:
-                if self._mailbox is not None:
-                    self._mailbox.end_step()
-            if failed := int(self._words()["failed"]):
-                raise UnavailableError(f"expert shard {failed - 1} did not answer; it may have died")
             if rows <= GRAPH_ROWS:
-                logits = self._fetch(len(batch.logit_rows), batch.logit_rows)
+                self._graph(rows).launch(self._stream)
             else:
-                logits = self._head_in_turns(batch.logit_rows)
+                self._body(rows, _decode_rows(batch))
+            self._copy_words()
+            if self._mailbox is not None:
+                self._mailbox.wake_shards()  # while the first layer's attention runs
+            self._stream.synchronize()
+        if failed := int(self._words()["failed"]):
+            raise UnavailableError(f"expert shard {failed - 1} did not answer; it may have died")
+        if rows <= GRAPH_ROWS:
+            logits: StepLogits = self._logits.of_rows(batch.logit_rows)
+        else:
+            logits = self._head_in_turns(len(batch.logit_rows))
         self._step_ms = 1e3 * (time.perf_counter() - start)
         return logits
+
+    @contextmanager
+    def _stepping(self) -> Iterator[None]:
+        """Keep the shards' threads from sleeping."""
+        if self._mailbox is None:
+            yield
+            return
+        self._mailbox.begin_step()
+        try:
+            yield
+        finally:
+            self._mailbox.end_step()
 
     def _graph(self, rows: int) -> cp.cuda.Graph:
         """The graph of a step of `rows` rows: body, and logits of all of them."""
@@ -137,23 +148,20 @@ class GpuForward:
             self._graphs[rows] = graph
         return self._graphs[rows]
 
-    def _head_in_turns(self, logit_rows: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+    def _head_in_turns(self, wanted: int) -> StepLogits:
         """Logits of the wanted rows of a step of many, GRAPH_ROWS at a time."""
         turns = []
-        for start in range(0, len(logit_rows), GRAPH_ROWS):
-            count = min(GRAPH_ROWS, len(logit_rows) - start)
-            ops.gather(self._x, self._inputs.logit_rows[start : start + count], self._last, count)
-            self._head(self._last, count)
-            turns.append(self._fetch(count, np.arange(count)).copy())
-        return np.concatenate(turns or [np.empty((0, self.config.vocab), np.float32)])
-
-    def _fetch(self, count: int, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-        """Rows of the logits in the host's memory."""
-        for i, row in enumerate(rows):
-            source = self._logits[int(row)]
-            source.data.copy_to_host_async(self._host_logits[i].ctypes.data, source.nbytes)
-        self._stream.synchronize()
-        return self._host_logits[:count]
+        for start in range(0, wanted, GRAPH_ROWS):
+            count = min(GRAPH_ROWS, wanted - start)
+            with self._stream:
+                ops.gather(self._x, self._inputs.logit_rows[start:], self._last, count)
+                self._head(self._last, count)
+                self._stream.synchronize()
+            turn = self._logits.of_rows(np.arange(count, dtype=np.int32))
+            if wanted <= GRAPH_ROWS:
+                return turn
+            turns.append(np.array(turn))
+        return HostLogits(np.concatenate(turns or [np.empty((0, self.config.vocab), np.float32)]))
 
     def _copy_words(self) -> None:
         if self._exchange is not None:
@@ -200,10 +208,11 @@ class GpuForward:
                 self._dense_ffn(layer, rows)
 
     def _head(self, x: cp.ndarray, rows: int) -> None:
-        """Final norm and logits of rows of x."""
+        """Final norm, logits and likeliest tokens of rows of x."""
         output = self.weights.matrices.get("output.weight") or self.weights.matrices["token_embd.weight"]
         self._norm("output_norm.weight", x, self._last, rows)
-        output.multiply(self._last, self._logits, rows)
+        output.multiply(self._last, self._logits.device, rows)
+        self._logits.find_likeliest(rows)
 
     def _norm(self, name: str, x: cp.ndarray, out: cp.ndarray, rows: int) -> None:
         ops.rms_norm(x, self.weights.vectors[name], self.config.rms_eps, out, rows)
@@ -254,10 +263,11 @@ class GpuForward:
         fewer, more = min(64, most), min(256, most)
         if fewer == more:
             return sys.maxsize
-        for array in (self._normed, self._router):
-            array[:more] = generator.standard_normal((more, array.shape[1]), np.float32)
-        self._x[:more] = 0
-        took = {rows: min(self._time_shards(rows) for _ in range(3)) for rows in (fewer, more)}
+        with self._stream, self._stepping():
+            for array in (self._normed, self._router):
+                array[:more] = generator.standard_normal((more, array.shape[1]), np.float32)
+            self._x[:more] = 0
+            took = {rows: min(self._time_shards(rows) for _ in range(3)) for rows in (fewer, more)}
         per_row = max((took[more] - took[fewer]) / (more - fewer), 1e-9)
         streaming = self._streamed.layer_seconds()
         return max(GRAPH_ROWS + 1, fewer + int((streaming - took[fewer]) / per_row))

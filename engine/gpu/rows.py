@@ -38,6 +38,9 @@ def gather(x: cp.ndarray, indices: cp.ndarray, out: cp.ndarray, rows: int) -> No
     _launch("gather", rows, x, indices, np.int32(x.shape[1]), out)
 
 
-def argmax(logits: cp.ndarray, out: cp.ndarray, rows: int) -> None:
-    """out[i] = the id of the largest of logits[i], the lowest of equals. out: int32 [rows]."""
-    _launch("argmax", rows, logits, np.int32(logits.shape[1]), out, threads=_ARGMAX_THREADS)
+def argmax(logits: cp.ndarray, ids: cp.ndarray, largest: cp.ndarray, rows: int) -> None:
+    """ids[i] = the id of the largest of logits[i], the lowest of equals; largest[i] = that logit, NaN where any is.
+
+    ids: int32 [rows]; largest: float32 [rows].
+    """
+    _launch("argmax", rows, logits, np.int32(logits.shape[1]), ids, largest)

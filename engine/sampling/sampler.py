@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import msgspec
@@ -12,6 +13,7 @@ from numoe.engine.errors import InputError, UnavailableError
 from numoe.engine.requests import SamplingParams, TokenLogprob
 from numoe.engine.sampling import filters
 from numoe.engine.sampling.filters import Indices, Logits
+from numoe.engine.sampling.logits import StepLogits
 from numoe.engine.sampling.params import check_sampling
 
 _GREEDY_BELOW = 1e-6  # the limit of temperature → 0, before float32 runs out
@@ -49,18 +51,30 @@ class Sampler:
         penalised = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1, 0, 0)
         self._penalised = penalised and params.penalty_window != 0
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the token is always the one with the largest logit, and nothing else is asked for."""
+        return self._is_greedy and self.logprobs is None and not (self._bias_ids.size or self._penalised)
+
+    @property
+    def _is_greedy(self) -> bool:
+        return self.params.temperature < _GREEDY_BELOW
+
+    def choose_row(self, logits: StepLogits, row: int, history: Sequence[int] | NDArray[np.int32]) -> SampledToken:
+        """`choose` with row `row` of a step's logits, which are not fetched if only the likeliest token counts."""
+        if not self.takes_likeliest:
+            return self.choose(logits[row], history)
+        token_id, logit = logits.likeliest(row)
+        _check_finite(logit, len(history))
+        return SampledToken(token_id)
+
     def choose(self, logits: Logits, history: Sequence[int] | NDArray[np.int32]) -> SampledToken:
         """The token that follows `history` (prompt and generated ids), given `logits` float32 [vocab].
 
         Raises UnavailableError when the logits are not numbers, and InputError when the bias names
         a token outside the vocabulary or leaves no token to choose. `logits` is not changed.
         """
-        likeliest = logits[logits.argmax()]  # NumPy's argmax stops at a NaN
-        if not np.isfinite(likeliest):
-            raise UnavailableError(
-                f"the model's logits are not finite ({likeliest} at position {len(history)}): a kernel, "
-                "a weight file or the memory is damaged"
-            )
+        _check_finite(float(logits[logits.argmax()]), len(history))  # NumPy's argmax stops at a NaN
         token_id = self._pick(self._adjusted(logits, history), position=len(history))
         if self.logprobs is None:
             return SampledToken(token_id)
@@ -83,7 +97,7 @@ class Sampler:
 
     def _pick(self, logits: Logits, position: int) -> int:
         params = self.params
-        if params.temperature < _GREEDY_BELOW:
+        if self._is_greedy:
             return int(logits.argmax())
         token_ids: Indices | None = None  # None stands for the whole vocabulary
         if 0 < params.top_k < logits.size:
@@ -95,6 +109,14 @@ class Sampler:
             token_ids, logits = _narrow(token_ids, logits, filters.above_min_p(logits, params.min_p))
         index = filters.draw(logits, params.temperature, uniform(params.seed, position))
         return index if token_ids is None else int(token_ids[index])
+
+
+def _check_finite(likeliest: float, position: int) -> None:
+    if not math.isfinite(likeliest):
+        raise UnavailableError(
+            f"the model's logits are not finite ({likeliest} at position {position}): a kernel, "
+            "a weight file or the memory is damaged"
+        )
 
 
 def uniform(seed: int, position: int) -> float:

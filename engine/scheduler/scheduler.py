@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
-import numpy.typing as npt
 
 from numoe.engine.errors import InputError, NumoeError, ResourceError
 from numoe.engine.kv.pages import PageAllocator, PageTable, pages_for
@@ -25,7 +24,7 @@ from numoe.engine.requests import (
     TokenGenerated,
     WorkerStatus,
 )
-from numoe.engine.sampling import SampledToken, Sampler
+from numoe.engine.sampling import SampledToken, Sampler, StepLogits
 from numoe.engine.scheduler.batch import Batch, Part
 from numoe.engine.scheduler.sequence import Sequence
 
@@ -128,8 +127,8 @@ class Scheduler:
                 logits += ends
         return Batch.of(parts, self._page_tables) if parts else None
 
-    def sample(self, batch: Batch, logits: npt.NDArray[np.float32]) -> list[SampledToken | NumoeError]:
-        """Choose a token for each row of `logits` float32 [len(batch.logit_rows), vocab].
+    def sample(self, batch: Batch, logits: StepLogits) -> list[SampledToken | NumoeError]:
+        """Choose a token for each row of `logits` [len(batch.logit_rows), vocab].
 
         An error in place of a token ends that request only.
         """
@@ -137,7 +136,7 @@ class Scheduler:
         for part in batch.parts:
             if part.logit_row is not None:
                 try:
-                    sampled.append(part.sequence.sampler.choose(logits[part.logit_row], part.sequence.tokens))
+                    sampled.append(part.sequence.sampler.choose_row(logits, part.logit_row, part.sequence.tokens))
                 except NumoeError as error:
                     sampled.append(error)
         return sampled

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from numoe.engine.errors import InputError, NumoeError, UnavailableError
 from numoe.engine.kv.pages import pages_for
 from numoe.engine.requests import Event, FinishReason, GenerationRequest, WorkerStatus
+from numoe.engine.sampling import StepLogits
 from numoe.engine.scheduler import Batch, Scheduler
 from numoe.engine.worker.options import Forward
 
@@ -140,7 +141,7 @@ class Engine:
         self._check_sequence(token_ids, 0, len(token_ids))
         for start in range(0, len(token_ids), chunk):
             part = token_ids[start : start + chunk]
-            yield self._pass(part, start, len(part)).copy()
+            yield np.array(self._pass(part, start, len(part)))
 
     def measure_prefill(self, token_ids: Sequence[int], start: int, chunk: int) -> Measurement:
         """Time a prompt of `token_ids` behind `start` tokens that are there already, `chunk` tokens a step.
@@ -165,7 +166,7 @@ class Engine:
         self._check_sequence([token_id], start, count)
         parts, begin = Counter[str](), time.perf_counter()
         for position in range(start, start + count):
-            token_id = int(self._pass([token_id], position, 1)[0].argmax())
+            token_id, _ = self._pass([token_id], position, 1).likeliest(0)
             parts.update(self._forward.times_ms())
         return _measurement(count, time.perf_counter() - begin, parts)
 
@@ -177,7 +178,7 @@ class Engine:
         if min(token_ids) < 0 or max(token_ids) >= vocab:
             raise InputError(f"token ids must be from 0 to {vocab - 1}")
 
-    def _pass(self, token_ids: Sequence[int], start: int, n_logits: int) -> npt.NDArray[np.float32]:
+    def _pass(self, token_ids: Sequence[int], start: int, n_logits: int) -> StepLogits:
         """One step over tokens of a single sequence from position `start` on; the last `n_logits` rows' logits."""
         rows = np.arange(len(token_ids), dtype=np.int32)
         return self._forward.run(

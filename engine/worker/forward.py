@@ -42,6 +42,7 @@ from numoe.engine.kv.pages import pages_for
 from numoe.engine.models.config import ModelConfig
 from numoe.engine.models.rope import rope_frequencies
 from numoe.engine.progress import Progress
+from numoe.engine.sampling import HostLogits
 from numoe.engine.scheduler import Batch
 from numoe.engine.worker.buffers import Rows
 from numoe.engine.worker.kv_pool import KvPool
@@ -72,10 +73,10 @@ class CpuForward:
 
     # --- running ----------------------------------------------------------------------------------
 
-    def run(self, batch: Batch) -> npt.NDArray[np.float32]:
-        """The logits float32 [len(batch.logit_rows), vocab] of a batch; its rows go to the KV pool.
+    def run(self, batch: Batch) -> HostLogits:
+        """The logits [len(batch.logit_rows), vocab] of a batch; its rows go to the KV pool.
 
-        The array is overwritten by the next call. UnavailableError names a shard that did not
+        They are good until the next call. UnavailableError names a shard that did not
         answer; the batch may then be run again.
         """
         step = self._step
@@ -93,7 +94,7 @@ class CpuForward:
         self._team.run(self._body_table, step)
         if step[FAILED]:
             raise UnavailableError(f"expert shard {int(step[FAILED]) - 1} did not answer; it may have died")
-        return self._logits(np.ascontiguousarray(batch.logit_rows, np.int32))
+        return HostLogits(self._logits(np.ascontiguousarray(batch.logit_rows, np.int32)))
 
     def _logits(self, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         turns = []

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from numoe.engine.models.config import ModelConfig
+from numoe.engine.sampling import StepLogits
 from numoe.engine.scheduler import Batch
 from numoe.engine.worker.kv_pool import F16, KvType
 
@@ -39,10 +37,10 @@ class Forward(Protocol):
     config: ModelConfig
     options: ForwardOptions
 
-    def run(self, batch: Batch) -> npt.NDArray[np.float32]:
-        """The logits float32 [len(batch.logit_rows), vocab] of a batch; its rows go to the KV pool.
+    def run(self, batch: Batch) -> StepLogits:
+        """The logits [len(batch.logit_rows), vocab] of a batch; its rows go to the KV pool.
 
-        The array is overwritten by the next call. UnavailableError names a shard that did not
+        They are good until the next call. UnavailableError names a shard that did not
         answer; the batch may then be run again.
         """
 

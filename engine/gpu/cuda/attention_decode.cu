@@ -17,8 +17,14 @@ constexpr float SLACK = 6;   // weights reach 2^(SLACK + LIFT), within float16's
 constexpr float LIFT = 8;    // and small ones stay normal numbers
 
 // Loads that keep their place among the volatile instructions around them.
+#if __CUDA_ARCH__ >= 800
+#define AHEAD ".L2::256B"  // what comes next is wanted too
+#else
+#define AHEAD ""
+#endif
 inline void load_early(uint32* d, const uint4* p) {
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "l"(p));
+    asm volatile("ld.global.nc.L1::no_allocate" AHEAD ".v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "l"(p));
 }
 inline void load_early(uint32* d, const uint2* p) {
     asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(d[0]), "=r"(d[1]) : "l"(p));
@@ -385,15 +391,15 @@ inline void write_sums(const Sums<DIM, HEADS8>& sums, int heads, int splits, flo
 
 // q float32 [rows, kv_heads * group, DIM], rotated -> parts float32 [rows, heads, splits, DIM], relative to and
 // with sums of states [rows, heads, splits]. scale: of the softmax, times log2 e.
-// Grid: splits; KV heads, for each 8 HEADS8 of its query heads; rows. How many splits a row has work for
-// follows from its length alone, and so do all of its sums. TILES: that a warp takes at once. RESIDENT: blocks
+// Grid: KV heads, for each 8 HEADS8 of its query heads; rows; splits, so that blocks without work come last.
+// How many splits a row has work for follows from its length alone, and so do all of its sums. TILES: that a warp takes at once. RESIDENT: blocks
 // that a multiprocessor is to have room for.
 template <int DIM, int HEADS8, KvKind KEYS, KvKind VALUES, int TILES, int RESIDENT>
 __global__ void __launch_bounds__(WARPS * WARP, RESIDENT) decode(
     const float* q, int kv_heads, int group, float scale, const int* positions, const int* slots, KV_PARAMETERS,
     int splits, float* parts, float2* states) {
-    int row = blockIdx.z, split = blockIdx.x, kv_head = blockIdx.y % kv_heads;
-    int first_head = blockIdx.y / kv_heads * 8 * HEADS8, heads = min(group - first_head, 8 * HEADS8);
+    int split = blockIdx.z, row = blockIdx.y, kv_head = blockIdx.x % kv_heads;
+    int first_head = blockIdx.x / kv_heads * 8 * HEADS8, heads = min(group - first_head, 8 * HEADS8);
     int slot = slots[row], length = positions[row] + 1, used = used_splits(splits, length, TILES);
     if (split >= used) return;
     const int* pages = page_tables + int64(slot) * max_pages;

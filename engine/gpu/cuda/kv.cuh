@@ -23,11 +23,12 @@ inline char* find_keys(char* layer, int64 page_bytes, int head_bytes, const int*
     return layer + page_table[page] * page_bytes + kv_head * head_bytes;
 }
 
-// Decode: how many of SPLITS shares of a row's context there is work for: each of a block's warps then takes
-// two rounds of TILES tiles of 16 tokens at least.
-constexpr int DECODE_WARPS = 4, TILE = 16;
+// Decode: how many of SPLITS shares of a row's context there is work for. Each of a block's warps takes two
+// rounds of TILES tiles of 16 tokens at least, or two tiles where that would make few splits.
+constexpr int DECODE_WARPS = 4, TILE = 16, FEW_SPLITS = 16;
 inline int used_splits(int splits, int length, int tiles) {
-    return min(splits, divide_up(divide_up(length, TILE), 2 * tiles * DECODE_WARPS));
+    int pairs = divide_up(length, 2 * TILE * DECODE_WARPS);
+    return min(splits, max(min(pairs, FEW_SPLITS), divide_up(pairs, tiles)));
 }
 
 // float16 whose mantissa holds a code: the code's bits and MAGIC are code + 1024 (or + 64, four bits up).

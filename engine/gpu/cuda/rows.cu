@@ -48,13 +48,15 @@ inline void warp_first(float& value, int& id) {
     }
 }
 
-// out[row] = the column of the largest logit, the lowest of equals; 0 where all are NaN. Any cols.
-extern "C" __global__ void __launch_bounds__(ARGMAX_THREADS) argmax(const float* logits, int cols, int* out) {
+// ids[row] = the column of the largest logit, the lowest of equals; largest[row] = that logit, or NaN where
+// any is NaN. Any cols.
+extern "C" __global__ void __launch_bounds__(ARGMAX_THREADS)
+argmax(const float* logits, int cols, int* ids_out, float* largest) {
     __shared__ float values[ARGMAX_THREADS / WARP];
     __shared__ int ids[ARGMAX_THREADS / WARP];
     const float* row = logits + int64(blockIdx.x) * cols;
     float value = -INFINITY;
-    int id = 0x7fffffff;
+    int id = 0x7fffffff, bad = 0;
     for (int first = threadIdx.x; first < cols; first += ARGMAX_LOADS * ARGMAX_THREADS) {
         float some[ARGMAX_LOADS];
 #pragma unroll
@@ -63,14 +65,19 @@ extern "C" __global__ void __launch_bounds__(ARGMAX_THREADS) argmax(const float*
             some[i] = at < cols ? row[at] : -INFINITY;
         }
 #pragma unroll
-        for (int i = 0; i < ARGMAX_LOADS; i++)
+        for (int i = 0; i < ARGMAX_LOADS; i++) {
+            bad |= some[i] != some[i];
             if (before(some[i], first + i * ARGMAX_THREADS, value, id)) value = some[i], id = first + i * ARGMAX_THREADS;
+        }
     }
     warp_first(value, id);
     if (lane_id() == 0) values[warp_id()] = value, ids[warp_id()] = id;
-    __syncthreads();
+    bad = __syncthreads_or(bad);
     if (warp_id()) return;
     value = values[lane_id()], id = ids[lane_id()];
     warp_first(value, id);
-    if (lane_id() == 0) out[blockIdx.x] = id < cols ? id : 0;
+    if (lane_id() == 0) {
+        ids_out[blockIdx.x] = id < cols ? id : 0;
+        largest[blockIdx.x] = bad ? __int_as_float(0x7fffffff) : value;
+    }
 }

@@ -213,7 +213,7 @@ def logits(path: Path, case: Pass, rows: int, threads: int, keep: Callable[[np.n
             tokens = [(7 * position % 256, position, slot) for position, slot in places]
             batch = local.batch(forward, tokens, range(len(tokens)))
             fields = (batch.token_ids, batch.positions, batch.slots, batch.logit_rows, batch.page_tables)
-            found.append(forward.run(Batch(*map(keep, fields))).copy())
+            found.append(np.array(forward.run(Batch(*map(keep, fields)))))
     return np.concatenate(found)
 
 

@@ -89,10 +89,11 @@ def test_a_row_is_the_same_bits_in_every_batch(tmp_path: Path) -> None:
         for slot, prompt in enumerate(prompts):
             for i, token in enumerate(prompt):
                 found = forward.run(batch(forward, [(token, i, slot)], [0]))
-            alone.append(found[0].copy())
+            alone.append(np.array(found)[0])
         rows = [(prompt[-1], len(prompt) - 1, slot) for slot, prompt in enumerate(prompts)]
         together = forward.run(batch(forward, rows, range(16)))
-        np.testing.assert_array_equal(together, alone)
+        np.testing.assert_array_equal(np.array(together), alone)
+        assert [together.likeliest(row)[0] for row in range(16)] == [int(row.argmax()) for row in alone]
 
 
 def test_a_shard_that_never_answers_is_named_and_the_gpu_goes_on(tmp_path: Path) -> None:

@@ -82,15 +82,17 @@ def test_argmax(cols: int) -> None:
         logits = normal(cols, rows, cols)
         logits[0] = np.round(logits[0])  # many equals: the lowest id counts
         logits[-1, cols // 2] = np.inf
-        out = cupy.full(rows, -1, np.int32)
-        ops.argmax(cupy.asarray(logits), out, rows)
-        assert np.array_equal(out.get(), logits.argmax(axis=1))
+        ids, largest = cupy.full(rows, -1, np.int32), cupy.zeros(rows, np.float32)
+        ops.argmax(cupy.asarray(logits), ids, largest, rows)
+        assert np.array_equal(ids.get(), logits.argmax(axis=1))
+        assert np.array_equal(largest.get(), logits.max(axis=1))
 
 
 def test_argmax_of_nothing_useful() -> None:
     import cupy
 
     logits = np.array([[np.nan, np.nan], [-np.inf, -np.inf], [np.nan, -3]], np.float32)
-    out = cupy.full(3, -1, np.int32)
-    ops.argmax(cupy.asarray(logits), out, 3)
-    assert out.get().tolist() == [0, 0, 1]
+    ids, largest = cupy.full(3, -1, np.int32), cupy.zeros(3, np.float32)
+    ops.argmax(cupy.asarray(logits), ids, largest, 3)
+    assert ids.get().tolist() == [0, 0, 1]
+    assert np.array_equal(largest.get(), [np.nan, -np.inf, np.nan], equal_nan=True)

@@ -8,7 +8,7 @@ import pytest
 from numoe.engine.errors import InputError, ResourceError, UnavailableError
 from numoe.engine.kv import PAGE_TOKENS
 from numoe.engine.requests import Finished, PrefillProgress, SamplingParams, Started, TokenGenerated
-from numoe.engine.sampling import SampledToken
+from numoe.engine.sampling import HostLogits, SampledToken
 from numoe.engine.scheduler import SchedulerConfig
 from tests.engine.scheduler.support import Cache, Clock, make, names, request, rows, step
 
@@ -48,7 +48,7 @@ def test_logprobs_travel_with_their_token():
     scheduler = make()
     scheduler.submit(request("a", max_tokens=1, logprobs=1))
     batch = scheduler.schedule(0.0)
-    sampled = scheduler.sample(batch, np.array([[0.0, np.log(3.0)]], np.float32))
+    sampled = scheduler.sample(batch, HostLogits(np.array([[0.0, np.log(3.0)]], np.float32)))
     scheduler.postprocess(batch, sampled)
     (token,) = [e for e in scheduler.drain_events() if isinstance(e, TokenGenerated)]
     assert token.logprob == pytest.approx(np.log(0.75))
@@ -88,7 +88,7 @@ def test_logit_rows_belong_to_the_parts_that_want_them():
     logits = np.zeros((2, 9), np.float32)
     logits[0, 7] = logits[1, 8] = 1.0
     scheduler.drain_events()
-    scheduler.postprocess(batch, scheduler.sample(batch, logits))
+    scheduler.postprocess(batch, scheduler.sample(batch, HostLogits(logits)))
     tokens = {e.request_id: e.token_id for e in scheduler.drain_events() if isinstance(e, TokenGenerated)}
     assert tokens == {"decode": 7, "ends": 8}
 
@@ -166,7 +166,7 @@ def test_a_sampling_error_ends_its_request_and_no_other():
     scheduler.submit(request("broken", sampling=SamplingParams(logit_bias=((99, 1.0),))))
     scheduler.submit(request("sound"))
     batch = scheduler.schedule(0.0)
-    sampled = scheduler.sample(batch, np.eye(2, 5, dtype=np.float32))
+    sampled = scheduler.sample(batch, HostLogits(np.eye(2, 5, dtype=np.float32)))
     scheduler.postprocess(batch, sampled)
     events = scheduler.drain_events()
     assert ends(events) == {"broken": ("error", 0)}
@@ -380,7 +380,7 @@ def test_logits_that_are_not_numbers_end_only_their_request():
     for name in "ab":
         scheduler.submit(request(name))
     batch = scheduler.schedule(0.0)
-    sampled = scheduler.sample(batch, np.array([[np.nan, 0.0], [0.0, 1.0]], np.float32))
+    sampled = scheduler.sample(batch, HostLogits(np.array([[np.nan, 0.0], [0.0, 1.0]], np.float32)))
     assert isinstance(sampled[0], UnavailableError)
     scheduler.postprocess(batch, sampled)
     assert ends(scheduler.drain_events()) == {"a": ("error", 0)}

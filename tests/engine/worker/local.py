@@ -81,5 +81,5 @@ def sequence_logits(forward: Forward, tokens: Sequence[int], *, chunk: int = 64,
     for start in range(0, len(tokens), chunk):
         part = tokens[start : start + chunk]
         rows = [(token, start + i, slot) for i, token in enumerate(part)]
-        parts.append(forward.run(batch(forward, rows, range(len(rows)))).copy())
+        parts.append(np.array(forward.run(batch(forward, rows, range(len(rows))))))
     return np.concatenate(parts)

@@ -1,0 +1,55 @@
+"""Logits that stay in VRAM until somebody asks for a whole row."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from numoe.engine.gpu import rows as ops
+from numoe.engine.gpu.device import cupy
+
+if TYPE_CHECKING:
+    import cupy as cp
+
+
+class DeviceLogits:
+    """Room for the logits of `max_rows` rows, and their likeliest tokens, which are brought to the host.
+
+    `find_likeliest` belongs to a step's kernels, the rest to the time between two steps.
+    """
+
+    def __init__(self, max_rows: int, vocab: int) -> None:
+        import cupyx
+
+        self.device: cp.ndarray = cupy().empty((max_rows, vocab), np.float32)
+        self._found = cupy().zeros((2, max_rows), np.int32)  # ids, and the bits of their logits
+        self._host_found: npt.NDArray[np.int32] = cupyx.zeros_pinned((2, max_rows), np.int32)
+        self._rows: npt.NDArray[np.int32] = np.zeros(0, np.int32)
+
+    def find_likeliest(self, rows: int) -> None:
+        """Find the largest of each row and copy it to the host, on the current stream."""
+        ops.argmax(self.device, self._found[0], self._found[1].view(np.float32), rows)
+        self._found.data.copy_to_host_async(self._host_found.ctypes.data, self._found.nbytes)
+
+    def of_rows(self, rows: npt.NDArray[np.int32]) -> DeviceLogits:
+        """These logits, as far as a step wants them: of `rows`, in this order."""
+        self._rows = rows
+        return self
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> npt.NDArray[np.float32]:
+        values: npt.NDArray[np.float32] = self.device[int(self._rows[row])].get()
+        return values
+
+    def likeliest(self, row: int) -> tuple[int, float]:
+        """As of `StepLogits`."""
+        at = int(self._rows[row])
+        return int(self._host_found[0, at]), float(self._host_found[1].view(np.float32)[at])
+
+    def __array__(self, *args: Any, **kwargs: Any) -> npt.NDArray[np.float32]:
+        rows = [self[i] for i in range(len(self))]
+        return np.array(rows or np.empty((0, self.device.shape[1]), np.float32), *args, **kwargs)
