@@ -18,16 +18,16 @@ extern "C" __global__ void __launch_bounds__(MAX_WARPS * WARP) merge(
     int64 head = int64(row) * gridDim.x + blockIdx.x;
     states += head * splits;
 
-    // The first parts are under way while it is found out which ones count, and how much.
+    // The first parts are under way while it is found out how much each counts.
+    int used = tiles ? used_splits(splits, positions[row] + 1, tiles) : splits;
     int lanes = dim <= 128 ? 32 : 64, column = thread % lanes, group = thread / lanes, groups = threads / lanes;
     const float4* part = reinterpret_cast<const float4*>(parts + head * splits * dim) + min(column, dim / 4 - 1);
     float4 first[AT_ONCE];
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
-        if (group + i * groups < splits) first[i] = part[(group + i * groups) * (dim / 4)];
+        if (group + i * groups < used) first[i] = part[(group + i * groups) * (dim / 4)];
     }
 
-    int used = tiles ? used_splits(splits, positions[row] + 1, tiles) : splits;
     float reference = -INFINITY;
     for (int i = thread; i < used; i += threads) reference = fmaxf(reference, states[i].x);
     reference = warp_max(reference);
@@ -47,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(MAX_WARPS * WARP) merge(
     float4 sum = make_float4(0, 0, 0, 0);
     auto add = [&](int i, float4 x) {
         float weight = i < used ? weights[i] : 0;
-        if (weight == 0) return;  // the part may never have been written
+        if (weight == 0) return;  // prefill's part may never have been written
         sum.x += weight * x.x, sum.y += weight * x.y, sum.z += weight * x.z, sum.w += weight * x.w;
     };
 #pragma unroll
