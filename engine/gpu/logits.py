@@ -24,14 +24,14 @@ class DeviceLogits:
         import cupyx
 
         self.device: cp.ndarray = cupy().empty((max_rows, vocab), np.float32)
-        self._found = cupy().zeros((2, max_rows), np.int32)  # ids, and the bits of their logits
-        self._host_found: npt.NDArray[np.int32] = cupyx.zeros_pinned((2, max_rows), np.int32)
+        # Pinned, so that kernels write to it: a copy may not be part of a captured graph.
+        self._ids: npt.NDArray[np.int32] = cupyx.zeros_pinned((max_rows,), np.int32)
+        self._largest: npt.NDArray[np.float32] = cupyx.zeros_pinned((max_rows,), np.float32)
         self._rows: npt.NDArray[np.int32] = np.zeros(0, np.int32)
 
     def find_likeliest(self, rows: int) -> None:
-        """Find the largest of each row and copy it to the host, on the current stream."""
-        ops.argmax(self.device, self._found[0], self._found[1].view(np.float32), rows)
-        self._found.data.copy_to_host_async(self._host_found.ctypes.data, self._found.nbytes)
+        """Find the largest of each row and write it to the host's memory, on the current stream."""
+        ops.argmax(self.device, np.uint64(self._ids.ctypes.data), np.uint64(self._largest.ctypes.data), rows)
 
     def of_rows(self, rows: npt.NDArray[np.int32]) -> DeviceLogits:
         """These logits, as far as a step wants them: of `rows`, in this order."""
@@ -48,7 +48,7 @@ class DeviceLogits:
     def likeliest(self, row: int) -> tuple[int, float]:
         """As of `StepLogits`."""
         at = int(self._rows[row])
-        return int(self._host_found[0, at]), float(self._host_found[1].view(np.float32)[at])
+        return int(self._ids[at]), float(self._largest[at])
 
     def __array__(self, *args: Any, **kwargs: Any) -> npt.NDArray[np.float32]:
         rows = [self[i] for i in range(len(self))]

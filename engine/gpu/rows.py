@@ -38,9 +38,9 @@ def gather(x: cp.ndarray, indices: cp.ndarray, out: cp.ndarray, rows: int) -> No
     _launch("gather", rows, x, indices, np.int32(x.shape[1]), out)
 
 
-def argmax(logits: cp.ndarray, ids: cp.ndarray, largest: cp.ndarray, rows: int) -> None:
+def argmax(logits: cp.ndarray, ids: Any, largest: Any, rows: int) -> None:
     """ids[i] = the id of the largest of logits[i], the lowest of equals; largest[i] = that logit, NaN where any is.
 
-    ids: int32 [rows]; largest: float32 [rows].
+    ids: int32 [rows]; largest: float32 [rows]; arrays, or addresses that the GPU can write to.
     """
-    _launch("argmax", rows, logits, np.int32(logits.shape[1]), ids, largest)
+    _launch("argmax", rows, logits, np.int32(logits.shape[1]), ids, largest, threads=_ARGMAX_THREADS)
