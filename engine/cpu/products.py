@@ -24,8 +24,11 @@ TILE_ROWS = (12, 4) if ISA == "avx512" else (4, 2)
 What then remains goes one by one. A group of eight query heads, or eight streams, are two passes.
 """
 
-PREFETCH_BYTES = 4096
-"""How far ahead of its use a weight is fetched: a core's share of the bandwidth, for the time memory takes."""
+FAR_BYTES, NEAR_BYTES = 16384, 2048
+"""How far ahead of its use a weight is fetched to the second-level cache, and from there to the first.
+
+The first level has too few places for lines under way to reach the memory's bandwidth by itself.
+"""
 
 product_signature = types.void(*[types.intp] * 10)
 unpack_signature = types.void(*[types.intp] * 5)
@@ -33,12 +36,15 @@ unpack_signature = types.void(*[types.intp] * 5)
 
 @inline
 def _fetch(p: int, end: int, ahead: int, nbytes: int) -> None:
-    """Fetch `nbytes` that lie PREFETCH_BYTES behind `p`, or, beyond `end`, that far behind `ahead`."""
-    place = p + PREFETCH_BYTES
-    if place >= end:
-        place += ahead - end
+    """Fetch `nbytes` that are read later than those at `p`, in a stream that goes on at `ahead` after `end`."""
+    far, near = p + FAR_BYTES, p + NEAR_BYTES
+    if far >= end:
+        far += ahead - end
+    if near >= end:
+        near += ahead - end
     for line in range(0, nbytes, 64):
-        v.prefetch(place + line)
+        v.prefetch_l2(far + line)
+        v.prefetch(near + line)
 
 
 @inline
@@ -51,7 +57,8 @@ def _run_tile(
     shared, until = w + blocks * tile_bytes, super_blocks - phase
     for block in range(blocks):
         p = w + block * tile_bytes
-        _fetch(p, p, p, tile_bytes)
+        for line in range(0, tile_bytes, 64):
+            v.prefetch(p + NEAR_BYTES + line)
         acc = block_product(name, acc, p, shared, x, blocks * 32, block)
         if super_bytes:
             until -= 1

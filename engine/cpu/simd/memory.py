@@ -219,12 +219,21 @@ def store_scalar_f16(b: Builder, p: Value, v: Value) -> None:
     store(b, p, b.extract_element(_to_f16(b, splat(b, f32x16, v)), ir.Constant(I32, 0)))
 
 
+def _prefetch(b: Builder, p: Value, locality: int) -> None:
+    hints = [ir.Constant(I32, n) for n in (0, locality, 1)]  # read, how near, data
+    call(b, "llvm.prefetch.p0", ir.VoidType(), b.inttoptr(p, ir.IntType(8).as_pointer()), *hints)
+
+
 @operation(types.void, addr)
 def prefetch(b: Builder, p: Value) -> None:
     """Ask for the cache line at `p`; any address is allowed."""
-    byte = ir.IntType(8).as_pointer()
-    hints = [ir.Constant(I32, n) for n in (0, 3, 1)]  # read, keep in all levels, data
-    call(b, "llvm.prefetch.p0", ir.VoidType(), b.inttoptr(p, byte), *hints)
+    _prefetch(b, p, 3)
+
+
+@operation(types.void, addr)
+def prefetch_l2(b: Builder, p: Value) -> None:
+    """Ask for the cache line at `p`, but only to the second-level cache, which can wait for more lines at once."""
+    _prefetch(b, p, 2)
 
 
 @operation(i8x64, addr)
