@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numoe.actors.identity import Identity, identity
 from numoe.cluster.plan import Plan
 from numoe.engine.requests import Event, GenerationRequest, WorkerStatus
+
+if TYPE_CHECKING:
+    from numoe.engine.worker.options import Forward
 
 
 class AttentionActor:
@@ -49,11 +52,7 @@ class AttentionActor:
             kv_type=plan.kv_type,
         )
         self._progress = Progress(plan.dense_bytes)
-        if plan.gpu:
-            from numoe.engine.gpu.forward import GpuForward as Forward
-        else:
-            from numoe.engine.worker.forward import CpuForward as Forward
-        self._forward = Forward(ModelConfig.from_gguf(gguf), gguf, self._mailbox, options, self._progress)
+        self._forward = _forward_of(plan)(ModelConfig.from_gguf(gguf), gguf, self._mailbox, options, self._progress)
         scheduler = Scheduler(
             SchedulerConfig(
                 slots=plan.slots,
@@ -123,3 +122,14 @@ class AttentionActor:
         self._engine.stop()
         if self._mailbox is not None:
             self._mailbox.stop_shards()
+
+
+def _forward_of(plan: Plan) -> Callable[..., Forward]:
+    """The forward pass for where attention runs."""
+    if plan.gpu:
+        from numoe.engine.gpu.forward import GpuForward
+
+        return GpuForward
+    from numoe.engine.worker.forward import CpuForward
+
+    return CpuForward

@@ -168,7 +168,8 @@ class GpuForward:
             self._exchange.words.data.copy_to_host_async(self._host_words.ctypes.data, self._host_words.nbytes)
 
     def _words(self) -> np.void:
-        return self._host_words.view(WORDS)[0]
+        words: np.void = self._host_words.view(WORDS)[0]
+        return words
 
     def times_ms(self) -> dict[str, float]:
         """Where the last step's time went, in milliseconds."""
@@ -222,10 +223,11 @@ class GpuForward:
         self._norm(prefix + "attn_norm.weight", self._x, self._normed, rows)
         outputs = (("q", self._q), ("k", self._k), ("v", self._v))
         multiply_all([(matrices[f"{prefix}attn_{part}.weight"], out) for part, out in outputs], self._normed, rows)
-        norms = (vectors.get(f"{prefix}attn_{part}_norm.weight") for part in ("q", "k"))
+        q_norm, k_norm = (vectors.get(f"{prefix}attn_{part}_norm.weight") for part in ("q", "k"))
         self._attention.run(
-            layer, self._q, self._k, self._v, *norms, self._inputs, self._attended, rows, decode_rows=decode_rows
-        )
+            layer, self._q, self._k, self._v, q_norm, k_norm, self._inputs, self._attended, rows,
+            decode_rows=decode_rows,
+        )  # fmt: skip
         matrices[prefix + "attn_output.weight"].multiply(self._attended, self._x, rows, add=True)
 
     def _dense_ffn(self, layer: int, rows: int) -> None:

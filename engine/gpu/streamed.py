@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -272,5 +272,5 @@ def streamed_bytes(config: ModelConfig, gguf: GgufFile, shards: int, max_rows: i
         return 0
     experts, packed = _portion_size([plan_slice(config, gguf, ShardSlice(i, shards)) for i in range(shards)])
     pairs = max_rows * moe.n_used
-    of_pair: Any = 16 + 2 * config.hidden + 8 * moe.ffn + 2 * moe.ffn + 4 * config.hidden
+    of_pair = 16 + 2 * config.hidden + 8 * moe.ffn + 2 * moe.ffn + 4 * config.hidden
     return RING * packed + experts * 6 * moe.ffn * config.hidden + pairs * of_pair
