@@ -7,7 +7,7 @@ activation row does not depend on how many there are: a row's result is the same
 and in any batch.
 
 An 8-bit activation row of `cols` columns is `cols` int8, then for each 32 columns 16 bytes:
-float32 scale, int32 sum of all 32, of the first 16 and of the last 16 (see `quantize.py`).
+float32 scale, int32 sum of all 32, of the first 16 and of the last 16 (see `rows.py`).
 """
 
 from __future__ import annotations

@@ -67,6 +67,8 @@ def test_depths_end_where_prompt_or_answer_would_not_fit() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--plot", "/no/such/folder/x.png"], "there is no folder /no/such/folder"),
+        (["--plot", "x.nonsense"], "give a name that ends in .png"),
         (["--pp", 0], "--pp 0"),
         (["--tg", 0], "--tg 0"),
         (["--ctx-size", 64], "--pp 512 and --tg 32 do not fit into 96 tokens"),
@@ -98,8 +100,9 @@ def test_a_plot_is_an_image(tmp_path: Path) -> None:
     windows = [Window(depth, Measurement(8, 1.0, parts), Measurement(4, 1.0, parts)) for depth in (0, 8)]
     draw(windows, tmp_path / "x.png", "tiny")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "folder.png").mkdir()
     with pytest.raises(InputError, match="cannot be written"):
-        draw(windows, tmp_path / "x.nonsense", "tiny")
+        draw(windows, tmp_path / "folder.png", "tiny")
 
 
 def test_measured_steps_are_the_steps_of_a_sequence(model: Path) -> None:
@@ -135,10 +138,10 @@ def test_kernels_prints_a_row_for_each_format_and_number_of_rows() -> None:
     assert [(r["format"], r["rows"]) for r in found] == [(f, n) for f in ("Q8_0", "F32") for n in (1, 4, 16, 64, 512)]
     bytes_per_weight = {"Q8_0": 34 / 32, "F32": 4}
     for r in found:
-        assert r["gb_s"] == pytest.approx(r["gmac_s"] / r["rows"] * bytes_per_weight[r["format"]])
-        by_memory = r["read_gb_s"] * r["rows"] / bytes_per_weight[r["format"]]
-        assert r["limit"] == ("memory" if by_memory < r["peak_gmac_s"] else "compute")
-        assert r["share"] == pytest.approx(r["gmac_s"] / min(by_memory, r["peak_gmac_s"]))
+        assert r["gb_s"] == pytest.approx(r["gflop_s"] / 2 / r["rows"] * bytes_per_weight[r["format"]])
+        by_memory = 2 * r["read_gb_s"] * r["rows"] / bytes_per_weight[r["format"]]
+        assert r["limit"] == ("memory" if by_memory < r["peak_gflop_s"] else "compute")
+        assert r["share"] == pytest.approx(r["gflop_s"] / min(by_memory, r["peak_gflop_s"]))
 
 
 @pytest.mark.parametrize(
@@ -146,11 +149,12 @@ def test_kernels_prints_a_row_for_each_format_and_number_of_rows() -> None:
     [
         (("--formats", "Q8_0,Q9_9"), "--formats Q9_9: choose from"),
         (("--threads", 0), "--threads 0"),
+        (("--threads", 5000), "from 1 to 4096"),
         (("--rounds", 0), "--rounds 0"),
     ],
 )
 def test_kernels_refuses_what_is_not_possible_in_one_line(arguments: tuple, message: str) -> None:
-    done = numoe("bench", "kernels", *arguments, "--json")
+    done = numoe("bench", "kernels", *arguments)
     assert (done.returncode, done.stdout) == (1, "")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1

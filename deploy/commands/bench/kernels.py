@@ -17,24 +17,24 @@ if TYPE_CHECKING:
     from numoe.deploy.commands.bench.stand import Stand
 
 ROWS = (1, 4, 16, 64, 512)
-_COLUMNS = "|{:>7} |{:>5} |{:>8} |{:>10} |{:>13} |{:>14} |{:>8} |{:>7} |"
-_HEAD = ("format", "rows", "GB/s", "GMAC/s", "read GB/s", "peak GMAC/s", "limit", "share")
+_COLUMNS = "|{:>7} |{:>5} |{:>8} |{:>10} |{:>10} |{:>13} |{:>8} |{:>7} |"
+_HEAD = ("format", "rows", "GB/s", "GFLOP/s", "read GB/s", "peak GFLOP/s", "limit", "share")
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One row: medians, in 1e9 bytes of weights and 1e9 multiply-adds a second.
+    """One row: medians, in 1e9 bytes of weights and 1e9 operations a second, a multiply-add being two.
 
-    read_gb_s: plain reading, peak_gmac_s: arithmetic on registers, both measured between the
-    products. limit: which of the two allows less; share: how much of it the products reach.
+    read_gb_s: plain reading, peak_gflop_s: arithmetic on registers, of integers where the products
+    are; both measured between the products. limit: which of the two allows less; share: how much of it the products reach.
     """
 
     format: str
     rows: int
     gb_s: float
-    gmac_s: float
+    gflop_s: float
     read_gb_s: float
-    peak_gmac_s: float
+    peak_gflop_s: float
     limit: str
     share: float
 
@@ -73,18 +73,19 @@ def kernels(
         from numoe.cluster.topology import read_topology
 
         count = read_topology().cpus if threads is None else threads
-        for flag, value in (("--threads", count), ("--buffer-mb", buffer_mb), ("--rounds", rounds)):
-            if not 1 <= value <= 1 << 20:
-                raise InputError(f"{flag} {value} is not possible: give at least 1")
-        if not json_output:
-            print(_COLUMNS.format(*_HEAD), flush=True)
-        for speed in _measure(formats, count, 1_000_000 * buffer_mb, rounds):
+        limits = (("--threads", count, 4096), ("--buffer-mb", buffer_mb, 1 << 20), ("--rounds", rounds, 1 << 20))
+        for flag, value, most in limits:
+            if not 1 <= value <= most:
+                raise InputError(f"{flag} {value} is not possible: give a number from 1 to {most}")
+        for number, speed in enumerate(_measure(formats, count, 1_000_000 * buffer_mb, rounds)):
+            if number == 0 and not json_output:
+                print(_COLUMNS.format(*_HEAD))
             print(json.dumps(asdict(speed)) if json_output else _row(speed), flush=True)
     return 0
 
 
 def _row(speed: Speed) -> str:
-    numbers = (f"{x:.2f}" for x in (speed.gb_s, speed.gmac_s, speed.read_gb_s, speed.peak_gmac_s))
+    numbers = (f"{x:.2f}" for x in (speed.gb_s, speed.gflop_s, speed.read_gb_s, speed.peak_gflop_s))
     return _COLUMNS.format(speed.format, speed.rows, *numbers, speed.limit, f"{100 * speed.share:.1f} %")
 
 
@@ -126,9 +127,9 @@ def _measure_format(stand: Stand, qtype: Any, rounds: int) -> Iterator[Speed]:
             format=qtype.name,
             rows=rows,
             gb_s=found / rows * products.bytes_per_weight / 1e9,
-            gmac_s=found / 1e9,
+            gflop_s=2 * found / 1e9,
             read_gb_s=read / 1e9,
-            peak_gmac_s=peak / 1e9,
+            peak_gflop_s=2 * peak / 1e9,
             limit="memory" if by_memory < peak else "compute",
             share=found / min(by_memory, peak),
         )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PARTS = {"attention": "attn", "experts": "exp", "wait": "wait", "other": "other"}
 """The parts of a step, and what a column of the table calls them."""
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 _WARM_UP_TOKENS = 4
 
 
@@ -94,7 +95,7 @@ def sweep(
             if value < 1:
                 raise InputError(f"{flag} {value} is not possible: give at least 1")
         if plot is not None:
-            require_matplotlib()
+            require_plot(plot)
         windows = list[Window]()
         with StopSignals():
             options = placement.plan_options(slots=1, chunk=chunk)
@@ -172,10 +173,14 @@ def table_line(cells: Sequence[str]) -> str:
     return "|" + "|".join(f" {cell} " for cell in cells) + "|"
 
 
-def require_matplotlib() -> None:
-    """Raise InputError, saying how to get it, unless matplotlib is installed."""
+def require_plot(path: Path) -> None:
+    """Raise InputError unless a plot can be drawn into `path`: a sweep takes minutes."""
     from importlib.util import find_spec
 
+    if path.suffix.lower() not in PLOT_SUFFIXES:
+        raise InputError(f"--plot {path}: give a name that ends in {', '.join(PLOT_SUFFIXES)}")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--plot {path}: there is no folder {path.absolute().parent}")
     if find_spec("matplotlib") is None:
         raise InputError("--plot needs matplotlib: pip install 'numoe[plot]'")
 
