@@ -48,6 +48,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     stop_ids:    ids that end the generation (end-of-generation tokens included unless ignored).
     logprobs:    None, or how many of the likeliest tokens to report beside each chosen one.
     deadline:    `time.time()` after which the request is given up, or None.
+    cache_salt:  only requests with the same salt share cached keys and values.
+    bypass_cache: cached keys and values are neither used nor left behind.
     """
 
     request_id: str
@@ -57,6 +59,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     stop_ids: frozenset[int] = frozenset()
     logprobs: int | None = None
     deadline: float | None = None
+    cache_salt: bytes = b""
+    bypass_cache: bool = False
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,7 +134,8 @@ class SlotStatus(msgspec.Struct, frozen=True, kw_only=True):
 class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What the attention worker is doing.
 
-    kv_pages_used, kv_pages_total: pages of the KV cache. step_ms: the last step's milliseconds by
+    kv_pages_used, kv_pages_cached, kv_pages_total: pages of the KV cache: that sequences hold, that
+    nobody holds but a prompt may find again, and all. step_ms: the last step's milliseconds by
     part ("attention", "experts", "wait", "sampling", "total").
     """
 
@@ -138,6 +143,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     queued: int
     queue_limit: int
     kv_pages_used: int
+    kv_pages_cached: int
     kv_pages_total: int
     steps: int
     step_ms: dict[str, float]

@@ -116,5 +116,6 @@ def _add_worker(response: pb.GetStatusResponse, worker: WorkerStatus) -> None:
         )
     response.queue.queued, response.queue.limit = worker.queued, worker.queue_limit
     response.kv.pages_used, response.kv.pages_total = worker.kv_pages_used, worker.kv_pages_total
+    response.kv.pages_cached = worker.kv_pages_cached
     if worker.steps:
         response.step.CopyFrom(pb.StepStatus(steps=worker.steps, last_ms=worker.step_ms))

@@ -20,6 +20,7 @@ from numoe.engine.requests import GenerationRequest
 from numoe.v1 import chat_pb2
 from numoe.v1 import generation_pb2 as pb
 
+MAX_SALT_BYTES = 256
 INLINE_BYTES = 16 << 10  # texts up to this take under a millisecond or so: not worth a thread
 
 Params = ParamSpec("Params")
@@ -75,6 +76,7 @@ async def generation_request(
     check_prompt(request, context, violations)
     check_stopping(stopping, context, violations)
     logprobs = check_logprobs(request, context.limits, violations)
+    violations.at_most("cache.salt", len(request.cache.salt), MAX_SALT_BYTES, "bytes")
     sampling = sampling_params(request.sampling, banned, context, violations)
     violations.raise_if_any()
 
@@ -92,6 +94,8 @@ async def generation_request(
         stop_ids=asked if stopping.ignore_eos else asked | eog_ids,
         logprobs=logprobs,
         deadline=deadline,
+        cache_salt=request.cache.salt,
+        bypass_cache=request.cache.bypass,
     )
 
 

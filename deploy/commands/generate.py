@@ -37,6 +37,8 @@ def generate(
     chat: Annotated[bool, Parameter(negative=())] = False,
     system: str | None = None,
     logprobs: int | None = None,
+    cache_salt: str = "",
+    no_cache: Annotated[bool, Parameter(negative=())] = False,
     json_output: Annotated[bool, Parameter(name="--json", negative=())] = False,
     timeout: float | None = None,
 ) -> int:
@@ -76,6 +78,10 @@ def generate(
         A system message before it; implies --chat.
     logprobs
         With --json, report this many likeliest alternatives beside each token.
+    cache_salt
+        Share cached prompts only with requests of the same salt.
+    no_cache
+        Neither use cached prompts nor leave this one behind.
     json_output
         Print one JSON object at the end, times in milliseconds, instead of the text.
     timeout
@@ -98,6 +104,7 @@ def generate(
                 max_tokens=_unsigned("--max-tokens", max_tokens), strings=stop, ignore_eos=ignore_eos
             ),
             logprobs=_unsigned("--logprobs", logprobs),
+            cache=pb.CacheOptions(salt=cache_salt.encode(), bypass=no_cache),
         )
         _set_prompt(request, prompt, system, chat=chat)
         with Client(address) as client:

@@ -81,7 +81,11 @@ def status_json(response: pb.GetStatusResponse, address: str) -> dict[str, Any]:
             "limit": response.queue.limit,
             "streams": response.queue.streams,
         },
-        "kv": {"pages_used": response.kv.pages_used, "pages_total": response.kv.pages_total},
+        "kv": {
+            "pages_used": response.kv.pages_used,
+            "pages_cached": response.kv.pages_cached,
+            "pages_total": response.kv.pages_total,
+        },
         "step": (
             {"steps": response.step.steps, "last_ms": dict(response.step.last_ms)}
             if response.HasField("step")
@@ -119,7 +123,7 @@ def _print_tables(values: dict[str, Any]) -> None:
     table("slots", values["slots"])
     console.print(
         f"queue {queue['queued']} of {queue['limit']}, {queue['streams']} streams; "
-        f"KV pages {kv['pages_used']} of {kv['pages_total']}"
+        f"KV pages {kv['pages_used']} of {kv['pages_total']}, {kv['pages_cached']} more with cached prompts"
     )
     if step is not None:
         parts = ", ".join(f"{name} {ms:.2f}" for name, ms in sorted(step["last_ms"].items()))

@@ -1,12 +1,14 @@
 """Fixed-size KV pages: an allocator with reference counts, and a page table per sequence.
 
-Only ids live here; the memory that they name belongs to the attention backend.
+Only ids live here; the memory that they name belongs to the attention backend. A full page may be
+published under the key of what it holds (`prefix.py`). When nobody holds it any more it stays where it
+is, and can be adopted by whoever needs the same, until its memory is needed for something else.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from numoe.engine.errors import ResourceError
 
@@ -20,7 +22,7 @@ def pages_for(n_tokens: int) -> int:
 
 
 class PageAllocator:
-    """Hands out the page ids 0 … n_pages - 1 and counts who holds each.
+    """Hands out the page ids 0 … n_pages - 1, counts who holds each, and knows what published ones hold.
 
     Not thread-safe: the scheduler, its one user, runs in the step loop.
     """
@@ -30,6 +32,9 @@ class PageAllocator:
             raise ResourceError(f"a KV cache of {n_pages} pages holds nothing; it needs at least one")
         self._references = [0] * n_pages
         self._free = list(range(n_pages - 1, -1, -1))
+        self._pages_of: dict[bytes, int] = {}
+        self._keys: dict[int, bytes] = {}
+        self._idle: dict[int, None] = {}  # published pages that nobody holds, the one let go first in front
 
     @property
     def n_pages(self) -> int:
@@ -38,8 +43,13 @@ class PageAllocator:
 
     @property
     def n_free(self) -> int:
-        """Pages that nobody holds."""
-        return len(self._free)
+        """Pages that nobody holds, published ones included."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def n_idle(self) -> int:
+        """Published pages that nobody holds."""
+        return len(self._idle)
 
     @property
     def n_used(self) -> int:
@@ -51,16 +61,24 @@ class PageAllocator:
         return self._references[page]
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` free pages, each with one reference: all of them or, with ResourceError, none."""
+        """Take `count` free pages, each with one reference: all of them or, with ResourceError, none.
+
+        Published pages are taken last, the one first that was let go first; they are forgotten then.
+        """
         if count > self.n_free:
             raise ResourceError(
                 f"the KV cache has {self.n_free} of {self.n_pages} pages free and {count} are needed: "
                 "wait for a request to end, or give the cache more memory"
             )
-        pages = [self._free.pop() for _ in range(count)]
+        pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]
         for page in pages:
             self._references[page] = 1
         return pages
+
+    def _evict(self) -> int:
+        page = next(iter(self._idle))
+        del self._idle[page], self._pages_of[self._keys.pop(page)]
+        return page
 
     def share(self, pages: Iterable[int]) -> None:
         """Add a reference to each of `pages`, which somebody holds already."""
@@ -69,21 +87,48 @@ class PageAllocator:
         for page in pages:
             self._references[page] += 1
 
+    def publish(self, page: int, key: bytes) -> None:
+        """Let a held, full page be found under `key`; where another has that key, this one stays unknown."""
+        self._require_held([page], times=1)
+        if key not in self._pages_of and page not in self._keys:
+            self._pages_of[key], self._keys[page] = page, key
+
+    def adopt(self, keys: Sequence[bytes]) -> list[int]:
+        """The pages of as many of `keys` as are known, from the first on, each with one reference more."""
+        pages = []
+        for key in keys:
+            if (page := self._pages_of.get(key)) is None:
+                break
+            self._idle.pop(page, None)
+            self._references[page] += 1
+            pages.append(page)
+        return pages
+
     def free(self, pages: Iterable[int]) -> None:
-        """Drop a reference of each of `pages`; a page without references can be allocated again."""
+        """Drop a reference of each of `pages`; a page without references can be allocated again.
+
+        Of published pages, the last one is let go first: a prefix is of use without what follows it.
+        """
         pages = list(pages)
         for page, times in Counter(pages).items():
             self._require_held([page], times)
-        for page in pages:
+        for page in reversed(pages):
             self._references[page] -= 1
             if self._references[page] == 0:
-                self._free.append(page)
+                if page in self._keys:
+                    self._idle[page] = None
+                else:
+                    self._free.append(page)
 
     def check_integrity(self) -> None:
-        """Raise RuntimeError unless every page is either free once or held."""
-        if len(set(self._free)) != len(self._free):
+        """Raise RuntimeError unless every page is either free once or held, and published ones are found."""
+        unheld = [*self._free, *self._idle]
+        if len(set(unheld)) != len(unheld):
             raise RuntimeError("a KV page is on the free list twice")
-        for page in self._free:
+        published = {page: key for key, page in self._pages_of.items()}
+        if published != self._keys or not self._idle.keys() <= self._keys.keys():
+            raise RuntimeError("published KV pages and their keys disagree")
+        for page in unheld:
             if self._references[page] != 0:
                 raise RuntimeError(f"KV page {page} is free and has {self._references[page]} references")
         held = sum(count > 0 for count in self._references)
@@ -115,6 +160,17 @@ class PageTable:
     def ensure(self, n_tokens: int) -> None:
         """Make room for `n_tokens` tokens in all; ResourceError, and no change, if the pages run out."""
         self.pages += self._allocator.allocate(self.missing(n_tokens))
+
+    def adopt(self, keys: Sequence[bytes]) -> int:
+        """Begin an empty table with the published pages of `keys`; the tokens in them."""
+        if self.pages:
+            raise RuntimeError("a page table that has pages cannot adopt others")
+        self.pages = self._allocator.adopt(keys)
+        return self.capacity
+
+    def publish(self, number: int, key: bytes) -> None:
+        """Let page number `number`, which is full, be found under `key`."""
+        self._allocator.publish(self.pages[number], key)
 
     def release(self) -> None:
         """Give all pages back; the table is empty afterwards."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ from itertools import count
 import numpy as np
 
 from numoe.engine.errors import InputError, NumoeError, ResourceError
-from numoe.engine.kv.pages import PageAllocator, PageTable, pages_for
+from numoe.engine.kv.pages import PAGE_TOKENS, PageAllocator, PageTable, pages_for
+from numoe.engine.kv.prefix import ChunkKeys
 from numoe.engine.requests import (
     Event,
     Finished,
@@ -27,6 +28,7 @@ from numoe.engine.requests import (
 from numoe.engine.sampling import SampledToken, Sampler, StepLogits
 from numoe.engine.scheduler.batch import Batch, Part
 from numoe.engine.scheduler.sequence import Sequence
+from numoe.engine.store.keys import root_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,8 @@ class SchedulerConfig:
     """Bounds of the scheduler.
 
     slots: requests that run at once. context: tokens of a request at most. chunk_tokens: prompt
-    tokens of a step at most. queue_limit: requests that may wait. n_pages: KV pages.
+    tokens of a step at most. queue_limit: requests that may wait. n_pages: KV pages. fingerprint,
+    kv_type: what keys and values depend on besides tokens, see `store.keys.root_key`.
     """
 
     slots: int
@@ -42,6 +45,8 @@ class SchedulerConfig:
     chunk_tokens: int
     queue_limit: int
     n_pages: int
+    fingerprint: bytes = b""
+    kv_type: str = ""
 
     def __post_init__(self) -> None:
         if self.n_pages < pages_for(self.context):
@@ -87,7 +92,11 @@ class Scheduler:
         if self._find(request.request_id) is not None:
             raise InputError(f"request_id {request.request_id!r} is in use: choose another")
         sampler = Sampler(request.sampling, logprobs=request.logprobs)
-        self._waiting.append(Sequence(request, sampler, PageTable(self._allocator), next(self._numbers), self._clock()))
+        keys = None
+        if not request.bypass_cache:
+            keys = ChunkKeys(root_key(self.config.fingerprint, self.config.kv_type, request.cache_salt))
+        table = PageTable(self._allocator)
+        self._waiting.append(Sequence(request, sampler, table, next(self._numbers), self._clock(), keys))
 
     def abort(self, request_id: str, reason: FinishReason = "cancelled") -> bool:
         """End a request; its slot and pages are free when this returns. Whether there was one."""
@@ -147,7 +156,7 @@ class Scheduler:
             sequence = part.sequence
             if sequence.slot is None:
                 continue
-            sequence.computed = part.start + part.rows
+            self._advance(sequence, part.start + part.rows)
             if sequence.generated == 0:
                 done, name = min(sequence.computed, sequence.prompt_tokens), sequence.request.request_id
                 self._events.append(PrefillProgress(name, done, sequence.prompt_tokens))
@@ -158,6 +167,15 @@ class Scheduler:
                 self._finish(sequence, "error", str(token))
             else:
                 self._append(sequence, token)
+
+    def _advance(self, sequence: Sequence, computed: int) -> None:
+        """Note that a sequence's first `computed` tokens are in the cache; full pages are published."""
+        before, sequence.computed = sequence.computed // PAGE_TOKENS, computed
+        full = computed // PAGE_TOKENS
+        if sequence.keys is not None and full > before:
+            keys = sequence.keys.of(sequence.tokens, full)
+            for number in range(before, full):
+                sequence.table.publish(number, keys[number])
 
     def _append(self, sequence: Sequence, token: SampledToken) -> None:
         request = sequence.request
@@ -186,9 +204,18 @@ class Scheduler:
                 continue
             sequence = self._waiting.popleft()
             sequence.slot, self._slots[slot] = slot, sequence
+            self._adopt(sequence)
             if sequence.admitted is None:
                 sequence.admitted = self._clock()
-                self._events.append(Started(sequence.request.request_id, sequence.prompt_tokens, 0))
+                self._events.append(Started(sequence.request.request_id, sequence.prompt_tokens, sequence.computed))
+
+    def _adopt(self, sequence: Sequence) -> None:
+        """Begin with what cached pages hold of the tokens, but compute at least the last one, for its logits."""
+        if sequence.keys is not None and sequence.slot is not None:
+            chunks = (len(sequence.tokens) - 1) // PAGE_TOKENS
+            sequence.computed = sequence.table.adopt(sequence.keys.of(sequence.tokens, chunks))
+            pages = sequence.table.pages
+            self._page_tables[sequence.slot, : len(pages)] = pages
 
     def _make_room(self, sequence: Sequence, tokens: int) -> bool:
         """Pages for `tokens` tokens of a running sequence, taken from younger ones if need be.
@@ -210,7 +237,7 @@ class Scheduler:
         return False
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take a sequence's pages; it waits first in line, and its tokens are prefilled again then."""
+        """Take a sequence's pages; it waits first in line, and what is not cached any more is prefilled again then."""
         self._vacate(sequence)
         sequence.computed = 0
         self._waiting.appendleft(sequence)
@@ -254,6 +281,7 @@ class Scheduler:
             queued=len(self._waiting),
             queue_limit=self.config.queue_limit,
             kv_pages_used=self._allocator.n_used,
+            kv_pages_cached=self._allocator.n_idle,
             kv_pages_total=self._allocator.n_pages,
             steps=steps,
             step_ms=step_ms,
@@ -262,9 +290,12 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise RuntimeError unless slots, pages and queue fit together."""
         self._allocator.check_integrity()
-        held = sum(len(sequence.table.pages) for sequence in self._running())
-        if held != self._allocator.n_used:
-            raise RuntimeError(f"sequences hold {held} KV pages, the allocator gave out {self._allocator.n_used}")
+        held = Counter(page for sequence in self._running() for page in sequence.table.pages)
+        if len(held) != self._allocator.n_used:
+            raise RuntimeError(f"sequences hold {len(held)} KV pages, the allocator gave out {self._allocator.n_used}")
+        for page, times in held.items():
+            if (counted := self._allocator.references(page)) != times:
+                raise RuntimeError(f"{times} sequences hold KV page {page}, {counted} are counted")
         for slot, sequence in enumerate(self._slots):
             if sequence is not None and (sequence.slot != slot or sequence.table.capacity < sequence.computed):
                 raise RuntimeError(f"slot {slot} and its sequence disagree")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from numoe.engine.kv.pages import PageTable
+from numoe.engine.kv.prefix import ChunkKeys
 from numoe.engine.requests import GenerationRequest, Timings
 from numoe.engine.sampling import Sampler
 
@@ -15,6 +16,7 @@ class Sequence:
 
     tokens:   the prompt and what was generated. computed: how many of them are in the KV cache.
     number:   counts submissions: the lower, the older, and the older goes first.
+    keys:     of its full pages, None if it neither uses nor leaves cached pages.
     slot:     None while it waits. Times are the scheduler's clock, seconds; None before they happen.
     """
 
@@ -23,6 +25,7 @@ class Sequence:
     table: PageTable
     number: int
     submitted: float
+    keys: ChunkKeys | None = None
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     slot: int | None = None

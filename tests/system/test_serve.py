@@ -14,7 +14,7 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-from numoe.deploy.answers import read_answer
+from numoe.deploy.answers import Answer, read_answer
 from numoe.deploy.client import Client
 from numoe.v1 import generation_pb2 as pb
 from tests.system.harness import ServeProcess, numoe
@@ -185,3 +185,18 @@ def test_equal_seeds_give_equal_answers(server: ServeProcess) -> None:
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)
+
+
+def test_a_prompt_that_was_read_before_is_not_read_again(server: ServeProcess) -> None:
+    prompt = "Once upon a midnight dreary, while I pondered, weak and weary, " * 6
+    with Client(server.address) as client:
+
+        def answer(**cache: object) -> Answer:
+            return read_answer(client.generate(request(prompt, cache=pb.CacheOptions(**cache)), None))
+
+        first, again, salted, bypassing = answer(), answer(), answer(salt=b"another"), answer(bypass=True)
+    assert first.prompt_tokens > 256
+    cached = (first.prompt_tokens - 1) // 256 * 256
+    assert [a.cached_tokens for a in (first, again, salted, bypassing)] == [0, cached, 0, 0]
+    assert first.token_ids == again.token_ids == salted.token_ids == bypassing.token_ids
+    assert wait_for_idle(server)["kv"]["pages_cached"] > 0

@@ -317,17 +317,22 @@ class KvStatus(_message.Message):
 
     PAGES_USED_FIELD_NUMBER: _builtins.int
     PAGES_TOTAL_FIELD_NUMBER: _builtins.int
+    PAGES_CACHED_FIELD_NUMBER: _builtins.int
     pages_used: _builtins.int
+    """Held by requests."""
     pages_total: _builtins.int
+    pages_cached: _builtins.int
+    """Held by nobody, but found again by a prompt that begins with the same tokens."""
     def __init__(
         self,
         *,
         pages_used: _builtins.int = ...,
         pages_total: _builtins.int = ...,
+        pages_cached: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pages_total", b"pages_total", "pages_used", b"pages_used"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pages_cached", b"pages_cached", "pages_total", b"pages_total", "pages_used", b"pages_used"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -62,6 +62,7 @@ class GenerateRequest(_message.Message):
     STOPPING_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Plain text. The beginning-of-sequence token is added where the model wants one, and the
     spelling of a special token ("<|im_end|>") becomes that token.
@@ -90,6 +91,10 @@ class GenerateRequest(_message.Message):
     def stopping(self) -> Global___StopOptions:
         """When to stop; each absent field has a default."""
 
+    @_builtins.property
+    def cache(self) -> Global___CacheOptions:
+        """Which cached prompts may be used, and by whom this one."""
+
     def __init__(
         self,
         *,
@@ -100,10 +105,11 @@ class GenerateRequest(_message.Message):
         stopping: Global___StopOptions | None = ...,
         logprobs: _builtins.int | None = ...,
         request_id: _builtins.str | None = ...,
+        cache: Global___CacheOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_request_id", b"_request_id", "chat", b"chat", "logprobs", b"logprobs", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_request_id", b"_request_id", "cache", b"cache", "chat", b"chat", "logprobs", b"logprobs", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_request_id", b"_request_id", "chat", b"chat", "logprobs", b"logprobs", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_request_id", b"_request_id", "cache", b"cache", "chat", b"chat", "logprobs", b"logprobs", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -119,6 +125,36 @@ class GenerateRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class CacheOptions(_message.Message):
+    """Prompts that were read before need not be read again: their keys and values stay in the KV cache
+    until its memory is needed, in whole pages of 256 tokens.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SALT_FIELD_NUMBER: _builtins.int
+    BYPASS_FIELD_NUMBER: _builtins.int
+    salt: _builtins.bytes
+    """Only requests with the same salt share cached prompts: what one tenant has asked cannot be told
+    from how fast another is answered. At most 256 bytes. Absent: none, as for most requests.
+    """
+    bypass: _builtins.bool
+    """Neither use cached prompts nor leave this one behind. Absent: false."""
+    def __init__(
+        self,
+        *,
+        salt: _builtins.bytes = ...,
+        bypass: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bypass", b"bypass", "salt", b"salt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheOptions: _TypeAlias = CacheOptions  # noqa: Y015
 
 @_typing.final
 class TokenIds(_message.Message):

@@ -131,6 +131,7 @@ class ScriptedEngine:
             queued=2,
             queue_limit=64,
             kv_pages_used=3,
+            kv_pages_cached=0,
             kv_pages_total=10,
             steps=5,
             step_ms={"total": 2.5, "experts": 1.5},

@@ -73,6 +73,7 @@ async def test_a_prompt_that_fills_the_context_leaves_no_room_for_a_token() -> N
         ({"stopping": pb.StopOptions(strings=["a"] * 65)}, "stopping.strings"),
         ({"stopping": pb.StopOptions(token_ids=[VOCAB_SIZE])}, "stopping.token_ids[0]"),
         ({"stopping": pb.StopOptions(token_ids=[1] * 1025)}, "stopping.token_ids"),
+        ({"cache": pb.CacheOptions(salt=b"a" * 257)}, "cache.salt"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

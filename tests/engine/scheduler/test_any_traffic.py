@@ -6,6 +6,7 @@ read: if pages were shared, lost, stale or filled twice, a request would see ano
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from hypothesis import settings
@@ -72,13 +73,25 @@ class AnyTraffic(RuleBasedStateMachine):
         max_tokens=st.integers(1, 12) | st.just(1000),
         stops=st.booleans(),
         lifetime=st.none() | st.integers(0, 8),
+        family=st.none() | st.integers(1, 2),
+        common=PROMPT_LENGTHS,
+        salt=st.sampled_from([b"", b"", b"a"]),
+        bypass=st.sampled_from([False, False, True]),
     )
-    def submit(self, length: int, max_tokens: int, stops: bool, lifetime: int | None) -> None:
+    def submit(
+        self, length: int, max_tokens: int, stops: bool, lifetime: int | None,
+        family: int | None = None, common: int = 0, salt: bytes = b"", bypass: bool = False,
+    ) -> None:  # fmt: skip
+        """A request whose ids are nobody else's, or begin with as many as it has in common with its family."""
         number = len(self.requests)
+        shared = [] if family is None else list(range(-1000 * family, -1000 * family + min(common, length)))
+        own = range(1000 * (number + 1) + len(shared), 1000 * (number + 1) + length)
         new = request(
             str(number),
-            range(1000 * (number + 1), 1000 * (number + 1) + length),  # nobody else's ids
+            [*shared, *own],
             max_tokens,
+            cache_salt=salt,
+            bypass_cache=bypass,
             stop_ids=frozenset({STOP} if stops else ()),
             deadline=None if lifetime is None else self.wall + lifetime,
         )
@@ -197,13 +210,16 @@ class AnyTraffic(RuleBasedStateMachine):
         assert len({part.sequence.slot for part in batch.parts}) == len(batch.parts)
 
     def check_pages(self, batch: Batch) -> None:
-        named = [
-            page
-            for part in batch.parts
-            for page in batch.page_tables[part.sequence.slot, : pages_for(part.start + part.rows)].tolist()
-        ]
-        assert len(set(named)) == len(named), "two sequences share a page"
-        assert set(named) <= set(range(self.scheduler.config.n_pages))
+        """No page that is written is anybody else's."""
+        read = Counter[int]()
+        for part in batch.parts:
+            pages = batch.page_tables[part.sequence.slot, : pages_for(part.start + part.rows)].tolist()
+            assert len(set(pages)) == len(pages)
+            read.update(pages)
+        assert read.keys() <= set(range(self.scheduler.config.n_pages))
+        for part in batch.parts:
+            written = slice(part.start // PAGE_TOKENS, pages_for(part.start + part.rows))
+            assert all(read[page] == 1 for page in batch.page_tables[part.sequence.slot, written].tolist())
 
     def check_attention(self, batch: Batch) -> None:
         row = -1
@@ -242,7 +258,9 @@ class AnyTraffic(RuleBasedStateMachine):
                 case Started():
                     earlier = list(self.requests.values())[: int(event.request_id)]
                     assert all(e.started or e.ending for e in earlier), "somebody jumped the queue"
-                    assert (event.prompt_tokens, event.cached_tokens) == (prompt, 0)
+                    assert event.prompt_tokens == prompt > event.cached_tokens
+                    assert event.cached_tokens % PAGE_TOKENS == 0
+                    assert not (expected.request.bypass_cache and event.cached_tokens)
                     expected.started = True
                 case PrefillProgress():
                     assert not expected.sent

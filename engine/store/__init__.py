@@ -1,0 +1,1 @@
+"""A durable store of keys and values: objects, their names, bytes and checksums."""
