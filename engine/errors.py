@@ -5,6 +5,9 @@
     │   ├── ModelFileError    the GGUF file is damaged, incomplete or contradicts itself
     │   └── UnsupportedError  a well-formed file or request asks for something numoe does not have
     ├── NotFoundError         no such file, request, slot or snapshot
+    ├── PreconditionError     what is there is not what the operation needs: changed by somebody else, of another model
+    ├── DataLossError         stored data is damaged or truncated
+    ├── AccessError           credentials or permissions are missing or refused
     ├── ResourceError         not enough of something: memory, disk, queue, ports
     └── UnavailableError      a part of the system is down, hung or draining; retrying may help
 
@@ -32,6 +35,18 @@ class UnsupportedError(InputError):
 
 class NotFoundError(NumoeError):
     """No such file, request, slot or snapshot."""
+
+
+class PreconditionError(NumoeError):
+    """What is there is not what the operation needs: it was changed meanwhile, or belongs to another model."""
+
+
+class DataLossError(NumoeError):
+    """Stored data that is damaged, truncated or not what its name says."""
+
+
+class AccessError(NumoeError):
+    """A store or file that refuses us: credentials or permissions are missing or wrong."""
 
 
 class ResourceError(NumoeError):

@@ -1,0 +1,129 @@
+r"""The object of a chunk: keys and values of up to 256 tokens in all layers, with checksums.
+
+    magic "numoeKV\n", version u32, header bytes u32, tokens u32, layers u32, bytes of a layer u64
+    key [32], KV type [32] padded with zeros
+    blake3 of each layer [layers, 32]
+    blake3 of all of the above [32]
+    the layers' canonical bytes (`portable.py`), one after the other
+
+All integers are little-endian. Every byte of an object is covered by a checksum.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Self
+
+from blake3 import blake3
+
+from numoe.engine.errors import DataLossError, UnsupportedError
+from numoe.engine.kv.pages import PAGE_TOKENS
+from numoe.engine.store.keys import FORMAT_VERSION, KEY_BYTES
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+_MAGIC: Final = b"numoeKV\n"
+_FIXED: Final = struct.Struct("<8s4IQ32s32s")
+_CHECKSUM: Final = 32
+_CURE: Final = "remove it, and what it held is computed again"
+
+
+@dataclass(frozen=True)
+class ChunkShape:
+    """What an object must hold: `kv_type` as `kv_type_name`, `layer_bytes` as `portable_bytes` of `tokens`."""
+
+    kv_type: str
+    layers: int
+    layer_bytes: int
+    tokens: int = PAGE_TOKENS
+
+    @property
+    def object_bytes(self) -> int:
+        """Bytes of the whole object."""
+        return _header_bytes(self.layers) + self.layers * self.layer_bytes
+
+
+def encode_chunk(key: bytes, kv_type: str, layers: Sequence[Buffer], tokens: int = PAGE_TOKENS) -> bytes:
+    """The object of chunk `key`. layers: the canonical bytes of each layer, all of one size."""
+    views = [memoryview(layer).cast("B") for layer in layers]
+    sizes = {view.nbytes for view in views}
+    if len(sizes) != 1:
+        raise ValueError(f"the layers of a chunk must be of one size, not {sorted(sizes)}")
+    name = kv_type.encode()
+    if len(key) != KEY_BYTES or len(name) > 32 or not 1 <= tokens <= PAGE_TOKENS:
+        raise ValueError(f"no chunk has a key of {len(key)} bytes, KV type {kv_type} and {tokens} tokens")
+    header_bytes = _header_bytes(len(views))
+    fixed = _FIXED.pack(_MAGIC, FORMAT_VERSION, header_bytes, tokens, len(views), sizes.pop(), key, name)
+    header = fixed + b"".join(blake3(view).digest() for view in views)
+    return b"".join([header, blake3(header).digest(), *views])
+
+
+def decode_chunk(data: Buffer, key: bytes, shape: ChunkShape) -> list[memoryview]:
+    """The layers of chunk `key`: views of `data`, one for each layer, all checksums verified.
+
+    Raises DataLossError, which names the chunk and the layer, for anything that is damaged,
+    truncated or another chunk, and UnsupportedError for a newer format.
+    """
+    view = memoryview(data).cast("B").toreadonly()
+    header = _Header.read(view, key)
+    header.check(key, shape)
+    if view.nbytes != shape.object_bytes:
+        cut = max(0, view.nbytes - _header_bytes(shape.layers)) // shape.layer_bytes
+        where = f"layer {cut}" if cut < shape.layers else "its end"
+        raise _damaged(key, f"has {view.nbytes} bytes where {shape.object_bytes} are due, from {where} on")
+    start = _header_bytes(shape.layers)
+    layers = [view[start + i * shape.layer_bytes :][: shape.layer_bytes] for i in range(shape.layers)]
+    for number, (layer, checksum) in enumerate(zip(layers, header.checksums, strict=True)):
+        if blake3(layer).digest() != checksum:
+            raise _damaged(key, f"fails the checksum of layer {number}")
+    return layers
+
+
+@dataclass(frozen=True)
+class _Header:
+    key: bytes
+    kv_type: str
+    tokens: int
+    layers: int
+    layer_bytes: int
+    checksums: tuple[bytes, ...]
+
+    @classmethod
+    def read(cls, view: memoryview, key: bytes) -> Self:
+        """Verify and read a header; `key` is for messages."""
+        if view.nbytes < _FIXED.size:
+            raise _damaged(key, f"ends after {view.nbytes} bytes, in its header")
+        magic, version, size, tokens, layers, layer_bytes, own_key, kv_type = _FIXED.unpack(view[: _FIXED.size])
+        if magic != _MAGIC:
+            raise _damaged(key, f"starts with {bytes(magic)!r}, not {_MAGIC!r}")
+        if not _FIXED.size + _CHECKSUM <= size <= view.nbytes:
+            raise _damaged(key, f"ends after {view.nbytes} bytes, in a header of {size}")
+        if blake3(view[: size - _CHECKSUM]).digest() != view[size - _CHECKSUM : size]:
+            raise _damaged(key, "fails the checksum of its header")
+        if version != FORMAT_VERSION:
+            raise UnsupportedError(
+                f"KV chunk {key.hex()} has format {version}, where {FORMAT_VERSION} is read; use a newer numoe"
+            )
+        table = bytes(view[_FIXED.size : size - _CHECKSUM])
+        checksums = tuple(table[at : at + _CHECKSUM] for at in range(0, len(table), _CHECKSUM))
+        return cls(own_key, kv_type.rstrip(b"\0").decode(errors="replace"), tokens, layers, layer_bytes, checksums)
+
+    def check(self, key: bytes, shape: ChunkShape) -> None:
+        """Raise DataLossError unless this is the header of chunk `key` of the expected shape."""
+        if self.key != key:
+            raise _damaged(key, f"holds chunk {self.key.hex()}")
+        for what in ("kv_type", "tokens", "layers", "layer_bytes"):
+            found, due = getattr(self, what), getattr(shape, what)
+            if found != due:
+                raise _damaged(key, f"has {what} {found} where {due} is due")
+
+
+def _header_bytes(layers: int) -> int:
+    return _FIXED.size + _CHECKSUM * (layers + 1)
+
+
+def _damaged(key: bytes, how: str) -> DataLossError:
+    return DataLossError(f"KV chunk {key.hex()} is damaged: it {how}; {_CURE}")
