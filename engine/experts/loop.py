@@ -52,9 +52,9 @@ from numoe.engine.experts.mailbox import (
     MAILBOX, REPLY, IDS, WEIGHTS, Q8_ROWS, Q8_STRIDE, F32_ROWS, F32_STRIDE, PARTIALS,
     HIDDEN, TOP_K, EXPERTS, BLOCKS, THREADS, SPINS, BARRIER, COUNTERS, LAYERS,
     H_Q8, H_Q8_STRIDE, H_F32, H_F32_STRIDE, H_Q8_POINTERS, H_F32_POINTERS, SCRATCH, SCRATCH_BYTES,
-    PAIRS_OFFSET, POINTERS_OFFSET, TILE_OFFSET, MAX_ROWS,
-) = range(30)  # fmt: skip
-SHARD_FIELDS = 30
+    PAIRS_OFFSET, POINTERS_OFFSET, TILE_OFFSET,
+) = range(29)  # fmt: skip
+SHARD_FIELDS = 29
 
 # Fields of a layer's record. A matrix is a product kernel, the address of expert 0, the bytes from
 # expert to expert and from group to group, the blocks of a row and the first one's phase.

@@ -178,5 +178,5 @@ class ExpertShard:
             words, words + BARRIER_BYTES, address(self._layers),
             address(self._h["q8"]), q8_stride, address(self._h["f32"]), f32_stride,
             address(self._pointers["q8"]), address(self._pointers["f32"]),
-            address(self._scratch), scratch_bytes, pairs_at, pointers_at, tile_at, layout.max_rows,
+            address(self._scratch), scratch_bytes, pairs_at, pointers_at, tile_at,
         ])  # fmt: skip

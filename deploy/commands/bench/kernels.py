@@ -26,7 +26,8 @@ class Speed:
     """One row: medians, in 1e9 bytes of weights and 1e9 operations a second, a multiply-add being two.
 
     read_gb_s: plain reading, peak_gflop_s: arithmetic on registers, of integers where the products
-    are; both measured between the products. limit: which of the two allows less; share: how much of it the products reach.
+    are; both measured between the products. limit: which of the two allows less; share: how much of
+    it the products reach.
     """
 
     format: str

@@ -36,12 +36,6 @@ def round_to_i32(b: Builder, x: Value) -> Value:
     return b.fptosi(call(b, "llvm.rint.v16f32", f32x16.llvm, x), i32x16.llvm)
 
 
-@operation(i32x16, f32x16)
-def bits_of_f32(b: Builder, x: Value) -> Value:
-    """The bit patterns."""
-    return b.bitcast(x, i32x16.llvm)
-
-
 @operation(f32x16, i32x16)
 def f32_of_bits(b: Builder, x: Value) -> Value:
     """The floats with these bit patterns."""

@@ -144,12 +144,6 @@ def store_f16(b: Builder, p: Value, v: Value) -> None:
     store(b, p, _to_f16(b, v))
 
 
-@operation(types.void, addr, i8x64)
-def store_i8(b: Builder, p: Value, v: Value) -> None:
-    """64 bytes."""
-    store(b, p, v)
-
-
 @operation(types.void, addr, i32x16)
 def store_i32_as_s8(b: Builder, p: Value, v: Value) -> None:
     """16 int32 that fit a signed byte each."""
@@ -234,9 +228,3 @@ def prefetch(b: Builder, p: Value) -> None:
 def prefetch_l2(b: Builder, p: Value) -> None:
     """Ask for the cache line at `p`, but only to the second-level cache, which can wait for more lines at once."""
     _prefetch(b, p, 2)
-
-
-@operation(i8x64, addr)
-def splat_i8x4(b: Builder, p: Value) -> Value:
-    """The four bytes at `p`, sixteen times."""
-    return b.bitcast(splat(b, i32x16, load(b, p, I32)), i8x64.llvm)

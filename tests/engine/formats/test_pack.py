@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from numoe.engine.cpu.packing import pack as compiled_pack
 from numoe.engine.errors import UnsupportedError
+from numoe.engine.experts.shard import ShardSlice
 from numoe.engine.formats import pack as numpy_pack
 from numoe.engine.formats import packed_format, shape_of
 from tests.engine.cpu.support import ALL_FORMATS, Matrix, random_weights
@@ -59,6 +60,18 @@ def test_both_packers_write_the_same_bytes(qtype: QuantType, rows: int, first: i
 def test_packing_never_grows_a_matrix(qtype: QuantType) -> None:
     block, size = GGML_QUANT_SIZES[qtype]
     assert shape_of(qtype, 64, 1024).nbytes == 64 * 1024 // block * size
+
+
+@pytest.mark.parametrize("qtype", ALL_FORMATS, ids=lambda q: q.name)
+@pytest.mark.parametrize(("cols", "shards"), [(768, 2), (768, 3), (1536, 4), (2560, 4), (14336, 8)])
+def test_cutting_columns_among_shards_grows_a_matrix_by_two_percent_at_most(
+    qtype: QuantType, cols: int, shards: int
+) -> None:
+    """What 256 columns share is held twice where a cut goes through them."""
+    block, size = GGML_QUANT_SIZES[qtype]
+    cuts = [ShardSlice(index, shards).blocks(cols) for index in range(shards)]
+    nbytes = sum(shape_of(qtype, 64, cols, cut).nbytes for cut in cuts)
+    assert nbytes <= 1.02 * (64 * cols // block * size)
 
 
 def test_wrong_buffers_are_refused() -> None:
