@@ -52,11 +52,12 @@ def test_two_servers_do_not_know_each_other(tiny_model: Path) -> None:
 def test_a_signal_while_starting_undoes_what_has_begun(tiny_model: Path) -> None:
     process = subprocess.Popen([NUMOE, "serve", str(tiny_model), "--listen", "127.0.0.1:0"], stderr=subprocess.PIPE)
     time.sleep(3)
-    pids = {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
+    children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert not [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+    _, left = psutil.wait_procs(children, timeout=10)
+    assert not [child for child in left if child.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.mark.parametrize("role", ["expert", "attention"])

@@ -11,6 +11,7 @@ import pytest
 
 from numoe.engine.errors import InputError, ResourceError, UnavailableError
 from numoe.engine.requests import Finished, GenerationRequest, PrefillProgress, Started, TokenGenerated
+from numoe.engine.sampling import HostLogits
 from numoe.engine.scheduler import Scheduler, SchedulerConfig
 from numoe.engine.worker.engine import Engine
 
@@ -43,7 +44,7 @@ class CountingForward:
             raise self.errors.pop()
         logits = np.zeros((len(batch.logit_rows), VOCAB), np.float32)
         logits[np.arange(len(logits)), (batch.token_ids[batch.logit_rows] + 1) % VOCAB] = 1.0
-        return logits
+        return HostLogits(logits)
 
     def times_ms(self):
         return {"attention": 0.5, "experts": 0.25, "wait": 0.125}
