@@ -140,33 +140,41 @@ def _q8_keys(cell: Bytes, half: Bytes, dim: int, tokens: int, *, to_page: bool) 
 
 
 def _q8_values(cell: Bytes, half: Bytes, dim: int, tokens: int, *, to_page: bool) -> None:
-    heads, columns = len(cell), -(-tokens // BLOCK)
-    tiles = cell[:, : dim // 16 * _COLUMNS * _TILE].reshape(heads, dim // 16, _COLUMNS, _TILE)[:, :, :columns]
-    # [heads, columns, 8, 4 tokens, groups, 16 dimensions]
-    packed = tiles[..., :512].reshape(heads, dim // 16, columns, 8, 16, 4).transpose(0, 2, 3, 5, 1, 4)
+    heads, groups, columns = len(cell), dim // 16, -(-tokens // BLOCK)
+    tiles = cell[:, : groups * _COLUMNS * _TILE].reshape(heads, groups, _COLUMNS, _TILE)[:, :, :columns]
     token_scales = cell[:, -2 * PAGE_TOKENS :].view(np.float16)[:, :tokens]
     codes, scales = _sections(half, dim, tokens)
-    if not to_page:
-        rows = np.ascontiguousarray(packed).reshape(heads, -1, dim)[:, :tokens].view(np.uint32)
-        np.bitwise_xor(rows, _BIAS, out=codes)
+    if to_page:
+        codes, token_scales[...] = _one_scale(codes, scales)
+        rows = codes.view(np.uint8)
+        if tokens % BLOCK:
+            rows = np.zeros((heads, columns * BLOCK, dim), np.uint8)
+            rows[:, :tokens] = codes.view(np.uint8)
+        rows = rows.reshape(heads, columns, 8, 4, dim)
+        quads = np.empty((heads, columns, 8, dim, 4), np.uint8)
+        for token in range(4):  # more than twice as fast as a transposition of single bytes
+            quads[..., token] = rows[:, :, :, token]
+        # [heads, columns, 8, groups, 16]: a word is one dimension of four tokens.
+        words = tiles[..., :512].view(np.uint32).reshape(heads, groups, columns, 8, 16).transpose(0, 2, 3, 1, 4)
+        np.bitwise_xor(quads.view(np.uint32).reshape(words.shape), _BIAS, out=words)
+        tiles[..., 512:].view(np.float16)[...] = 1
+    else:
+        # [heads, columns, 8, 4 tokens, groups, 16 dimensions]
+        packed = tiles[..., :512].reshape(heads, groups, columns, 8, 16, 4).transpose(0, 2, 3, 5, 1, 4)
+        rows = np.ascontiguousarray(packed).reshape(heads, -1, dim)[:, :tokens]
+        np.bitwise_xor(rows.view(np.uint32), _BIAS, out=codes)
         scales[...] = token_scales[..., None]
-        return
-    rows = np.full((heads, columns * BLOCK, dim), 128, np.uint8)
-    np.bitwise_xor(_one_scale(codes, scales), _BIAS, out=rows[:, :tokens].view(np.uint32))
-    packed[...] = rows.reshape(packed.shape)
-    tiles[..., 512:].view(np.float16)[...] = 1
-    token_scales[...] = scales.max(axis=2)
 
 
-def _one_scale(codes: npt.NDArray[Any], scales: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Codes for the largest of each token's scales; as they are where all of a token's are equal."""
+def _one_scale(codes: npt.NDArray[Any], scales: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """One scale for each token and its codes: those there are if all of a token's are equal, else for the largest."""
     bits = scales.view(np.uint16)
     if (bits == bits[:, :, :1]).all():
-        return codes
+        return codes, scales[:, :, 0]
     numbers = codes.view(np.int8).reshape(*scales.shape, BLOCK) * scales.astype(np.float32)[..., None]
-    largest = scales.max(axis=2).astype(np.float32)[..., None, None]
-    rounded: npt.NDArray[np.int8] = np.rint(numbers / largest).astype(np.int8)
-    return rounded.reshape(*codes.shape[:2], -1).view(np.uint32)
+    largest = scales.max(axis=2)
+    rounded: npt.NDArray[np.int8] = np.rint(numbers / largest.astype(np.float32)[..., None, None]).astype(np.int8)
+    return rounded.reshape(*codes.shape[:2], -1).view(np.uint32), largest
 
 
 _KEYS: Final = {"f16": _f16_keys, "q8_0": _q8_keys}
