@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
@@ -24,12 +24,13 @@ from numoe.actors.gateway.actor import GatewayActor
 from numoe.cluster.plan import Plan
 from numoe.cluster.status import LoadProgress
 from numoe.cluster.supervisor import NAMESPACE, ActorClasses, Supervisor
-from numoe.deploy.signals import StopSignals, kept_signal_handlers
+from numoe.deploy.signals import StopSignals, uninterrupted
 from numoe.engine import shm
 from numoe.engine.errors import NumoeError, UnavailableError
 
 _TEMP_PREFIX = f"{tempfile.gettempdir()}/numoe-ray-{os.getuid()}"
 _OWN_TEMP_DIR = f"{_TEMP_PREFIX}/{os.getpid()}"
+_OWNER_VARIABLE = "NUMOE_RAY_OWNER"
 _OBJECT_STORE_BYTES = 128 << 20  # Ray's default is 30 % of memory, and lies where the weights lie
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -46,7 +47,7 @@ def start_ray() -> bool:
     """Join the running cluster, or start one on this host; whether it was started here."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    with kept_signal_handlers():
+    with uninterrupted():
         return _init_ray()
 
 
@@ -59,15 +60,19 @@ def stop_ray() -> None:
 
 def kill_ray() -> None:
     """Kill what is left of the Ray that this process started: its agents outlive it by many seconds."""
-    left = [process for process in psutil.process_iter(["cmdline"]) if _is_ours(process.info["cmdline"] or ())]
+    left = [process for process in psutil.process_iter() if _is_ours(process)]
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(left, timeout=5.0)
 
 
-def _is_ours(command: Sequence[str]) -> bool:
-    return any(_OWN_TEMP_DIR + "/" in word or word.endswith(_OWN_TEMP_DIR) for word in command)
+def _is_ours(process: psutil.Process) -> bool:
+    """Whether the Ray that was started here has started a process; agents change their command lines, not this."""
+    try:
+        return process.environ().get(_OWNER_VARIABLE) == _OWN_TEMP_DIR
+    except psutil.Error:  # gone, or another user's
+        return False
 
 
 def _init_ray() -> bool:
@@ -84,6 +89,7 @@ def _init_ray() -> bool:
                 ) from None
         else:
             return False
+    os.environ[_OWNER_VARIABLE] = _OWN_TEMP_DIR
     ray.init(
         address="local",
         include_dashboard=False,

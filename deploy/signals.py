@@ -52,17 +52,24 @@ class StopSignals:
 
 
 @contextmanager
-def kept_signal_handlers() -> Iterator[None]:
-    """Put the handlers back that Ray replaces when it starts, also below Python.
+def uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM that come inside the block take effect behind it.
 
-    Ray's own SIGTERM handler exits; until ours is back that counts as an interruption too.
+    For Ray's start: its core aborts the process when an exception cuts it short, and it puts handlers
+    of its own in place, which are kept out (or, below Python, replaced again).
     """
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    set_handler = signal.signal
+    before = {number: set_handler(number, lambda number, _frame: came.append(number)) for number in STOP_SIGNALS}
+    signal.signal = lambda number, _handler: signal.getsignal(number)  # type: ignore[assignment]
     try:
         yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
     finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        signal.signal = set_handler
+        for number, handler in before.items():
+            set_handler(number, handler)
+    for number in came[:1]:
+        signal.raise_signal(number)

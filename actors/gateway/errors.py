@@ -19,10 +19,13 @@ from grpc_status import rpc_status
 
 from numoe.actors.gateway.malformed import Malformed
 from numoe.engine.errors import (
+    AccessError,
+    DataLossError,
     InputError,
     ModelFileError,
     NotFoundError,
     NumoeError,
+    PreconditionError,
     ResourceError,
     UnavailableError,
     UnsupportedError,
@@ -84,6 +87,9 @@ _RULES = (
     _Rule(UnsupportedError, code_pb2.FAILED_PRECONDITION, "UNSUPPORTED", None),
     _Rule(InputError, code_pb2.INVALID_ARGUMENT, "BAD_REQUEST", None),
     _Rule(NotFoundError, code_pb2.NOT_FOUND, "NOT_FOUND", None),
+    _Rule(PreconditionError, code_pb2.FAILED_PRECONDITION, "PRECONDITION", None),
+    _Rule(AccessError, code_pb2.FAILED_PRECONDITION, "ACCESS", None),
+    _Rule(DataLossError, code_pb2.DATA_LOSS, "DATA_LOSS", None),
     _Rule(ResourceError, code_pb2.RESOURCE_EXHAUSTED, "RESOURCE_EXHAUSTED", 1.0),
     _Rule(UnavailableError, code_pb2.UNAVAILABLE, "UNAVAILABLE", 2.0),
     _Rule(NumoeError, code_pb2.INTERNAL, "INTERNAL", None),

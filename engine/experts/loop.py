@@ -43,6 +43,7 @@ from numoe.engine.experts.mailbox import (
     REQUEST_ROWS,
     REQUEST_SEQUENCE,
     REQUEST_SLEEPERS,
+    STEP_START,
     STEPPING,
     STOP,
 )
@@ -64,6 +65,7 @@ KERNEL, ADDRESS, EXPERT_STRIDE, GROUP_STRIDE, MATRIX_BLOCKS, PHASE, IS_Q8 = rang
 LAYER_FIELDS = 3 * MATRIX_FIELDS
 
 _CLAIM_GROUPS = 4  # groups of 16 output columns that a thread takes at a time
+_STEPPING_NS = 5_000_000_000  # after which a worker that began a step has died, or is in no hurry
 _POLL_NS = 100_000_000  # an idle shard looks after its heartbeat ten times a second
 # Words of COUNTERS, a cache line each.
 _STAGE1, _STAGE2, _ARRIVED = 0, 64, 128
@@ -215,14 +217,19 @@ def _serve(shard: int, layer: int, rows: int, scratch: int) -> None:
 
 
 @inline
+def _is_stepping(mailbox: int) -> bool:
+    """Whether a step is under way whose worker cannot wake sleepers, and has not been for too long."""
+    return atomic_load(mailbox + STEPPING) != 0 and now_ns() - field(mailbox + STEP_START, 0) < _STEPPING_NS
+
+
+@inline
 def _await_request(mailbox: int, wanted: int, spins: int) -> bool:
     """Wait until request `wanted` is there; False if it is not after _POLL_NS asleep.
 
     As `await_counter`, but nobody sleeps while a step is under way whose worker cannot wake them.
     """
-    request, sleepers, stepping = mailbox + REQUEST_SEQUENCE, mailbox + REQUEST_SLEEPERS, mailbox + STEPPING
-    left = spins
-    while left > 0 or atomic_load(stepping) != 0:
+    request, sleepers, left = mailbox + REQUEST_SEQUENCE, mailbox + REQUEST_SLEEPERS, spins
+    while left > 0 or _is_stepping(mailbox):
         if not is_before(atomic_load(request), wanted):
             return True
         if atomic_load(mailbox + STOP) != 0:
@@ -231,7 +238,7 @@ def _await_request(mailbox: int, wanted: int, spins: int) -> bool:
         left -= 1
     atomic_add(sleepers, np.uint32(1))
     seen = atomic_load(request)
-    if is_before(seen, wanted) and atomic_load(stepping) == 0:
+    if is_before(seen, wanted) and not _is_stepping(mailbox):
         futex_wait(request, np.intp(seen), _POLL_NS)
     atomic_add(sleepers, np.uint32(0xFFFFFFFF))
     return not is_before(atomic_load(request), wanted)

@@ -7,6 +7,7 @@
     192           request: layer, rows          the worker, before the sequence
     256           stop (uint32)                 the worker
     320           a step is under way (uint32)  a worker that cannot wake sleepers: a GPU
+    328           since when, CLOCK_MONOTONIC   that worker
     4096 + 256 s  shard s: reply sequence       shard s
       + 64        sleepers on the reply         the worker
       + 128       heartbeat (uint32)            shard s
@@ -34,6 +35,7 @@ from numoe.engine.shm import SharedSegment
 
 MAGIC = 0x6E756D6F65_01
 REQUEST_SEQUENCE, REQUEST_SLEEPERS, REQUEST_LAYER, REQUEST_ROWS, STOP, STEPPING = 64, 128, 192, 200, 256, 320
+STEP_START = 328
 SHARDS_AT, SHARD_STRIDE = 4096, 256
 REPLY_SLEEPERS, HEARTBEAT, BUSY_NS = 64, 128, 192
 _WAKE_S = 0.01  # more than sleepers need to get up
@@ -115,7 +117,9 @@ class Mailbox:
 
     def begin_step(self) -> None:
         """Keep the shards' threads from sleeping until `end_step`: requests come from one who cannot wake them."""
-        self.segment.array[STEPPING : STEPPING + 4].view(np.uint32)[0] = 1
+        words = self.segment.array
+        words[STEP_START : STEP_START + 8].view(np.int64)[0] = time.monotonic_ns()
+        words[STEPPING : STEPPING + 4].view(np.uint32)[0] = 1
 
     def wake_shards(self) -> None:
         """Wake those who were asleep when the step began."""

@@ -22,6 +22,7 @@ from numoe.engine.experts.mailbox import (
     REQUEST_ROWS,
     REQUEST_SEQUENCE,
     REQUEST_SLEEPERS,
+    STEP_START,
     Mailbox,
     MailboxLayout,
 )
@@ -212,3 +213,26 @@ def test_slices_cover_every_block_once(count: int) -> None:
     assert [block for first, last in ranges for block in range(first, last)] == list(range(24))
     sizes = [last - first for first, last in ranges]
     assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_worker_that_cannot_wake_anybody_finds_the_shards_awake(model: Path) -> None:
+    """As a GPU does it: a step begins, whoever sleeps is woken, and requests are only written."""
+    with running(model, shards=2) as client:
+        box, words = client.mailbox, client.mailbox.segment.array
+        sleepers = words[REQUEST_SLEEPERS : REQUEST_SLEEPERS + 4].view(np.uint32)
+        while sleepers[0] < 4:  # two threads a shard
+            time.sleep(0.01)
+        box.begin_step()
+        box.wake_shards()
+        assert sleepers[0] == 0
+        time.sleep(0.1)
+        assert sleepers[0] == 0, "they spin"
+        box.end_step()
+        while sleepers[0] < 4:
+            time.sleep(0.01)
+        box.begin_step()
+        words[STEP_START : STEP_START + 8].view(np.int64)[0] -= 60_000_000_000  # whose worker has died long ago
+        box.wake_shards()
+        time.sleep(0.3)
+        assert sleepers[0] > 0, "they sleep"
+        box.end_step()
