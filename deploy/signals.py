@@ -71,5 +71,5 @@ def uninterrupted() -> Iterator[None]:
         signal.signal = set_handler
         for number, handler in before.items():
             set_handler(number, handler)
-    for number in came[:1]:
-        signal.raise_signal(number)
+    if came:
+        signal.raise_signal(signal.Signals(came[0]))
