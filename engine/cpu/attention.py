@@ -33,6 +33,7 @@ from numoe.engine.kv.pages import PAGE_TOKENS
 STATE_FLOATS = 16
 """Floats after a head's accumulator: its maximum, its sum, and padding."""
 LEAST_EXPONENT = -60.0
+"""Of a softmax weight: see `_softmax_weights`."""
 PREFETCH_BYTES = 4096
 """How far ahead of its use a key or value is fetched: memory's latency at a core's share of the bandwidth."""
 

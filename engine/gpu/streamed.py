@@ -262,7 +262,7 @@ def _portion_size(slices: Sequence[dict[int, list[ExpertMatrices]]]) -> tuple[in
     """Experts of a portion, and the bytes of the largest portion."""
     layers = slices[0].keys()
     of_expert = max(sum(m.shape.nbytes for plan in slices for m in plan[layer]) for layer in layers)
-    experts = max(1, PORTION_BYTES // of_expert)
+    experts = min(max(1, PORTION_BYTES // of_expert), max(m.experts for m in next(iter(slices[0].values()))))
     return experts, experts * of_expert + len(slices) * 3 * align(1)
 
 

@@ -16,8 +16,9 @@ from numoe.engine.gguf import GgufFile
 from numoe.engine.models.config import ModelConfig
 from numoe.engine.models.reference import reference_logits
 from numoe.engine.progress import Progress
-from numoe.engine.worker.forward import CpuForward, ForwardOptions
+from numoe.engine.worker.forward import CpuForward
 from numoe.engine.worker.kv_pool import KvType
+from numoe.engine.worker.options import ForwardOptions
 from numoe.engine.worker.requirements import check_kernel_shapes
 from tests.engine.worker.local import batch, local_forward, sequence_logits
 from tests.models import WEIGHT_TYPES, make_model
