@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-FinishReason = Literal["stop", "length", "cancelled", "deadline", "error", "unavailable"]
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error", "unavailable", "slot_busy"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +50,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     deadline:    `time.time()` after which the request is given up, or None.
     cache_salt:  only requests with the same salt share cached keys and values.
     bypass_cache: cached keys and values are neither used nor left behind.
+    slot:        run in this slot, going on from what it holds, or None for any.
+    slot_deadline: `time.time()` until which to wait while others use that slot; None: not at all.
     """
 
     request_id: str
@@ -61,6 +63,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     deadline: float | None = None
     cache_salt: bytes = b""
     bypass_cache: bool = False
+    slot: int | None = None
+    slot_deadline: float | None = None
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,8 +110,8 @@ class TokenGenerated(msgspec.Struct, frozen=True, tag=True):
 class Finished(msgspec.Struct, frozen=True, tag=True):
     """The last event of a request.
 
-    With reason "error", and with "unavailable" where the same request may succeed later, `error`
-    says what happened.
+    With reason "error", with "unavailable" where the same request may succeed later, and with
+    "slot_busy" where its slot was in use for too long, `error` says what happened.
 
     A stop token ends the stream with reason "stop" and is itself not sent as a TokenGenerated.
     """
@@ -119,16 +123,90 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
     error: str = ""
 
 
-Event = Started | PrefillProgress | TokenGenerated | Finished
+class SlotProgress(msgspec.Struct, frozen=True, tag=True):
+    """A save or restore goes on: `request_id` is that of the operation; chunks and bytes of the snapshot."""
+
+    request_id: str
+    done_chunks: int
+    chunks: int
+    done_bytes: int
+    bytes: int
+
+
+Event = Started | PrefillProgress | TokenGenerated | Finished | SlotProgress
+
+SlotState = Literal["idle", "loading", "prefill", "decode", "saving", "restoring"]
 
 
 class SlotStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One slot as `numoe status` shows it; state is "idle", "prefill" or "decode"."""
+    """One slot as `numoe slots list` shows it.
+
+    state: "idle" with or without tokens; "loading" while cached keys and values are fetched.
+    tokens: of the conversation it holds; computed: how many of them have keys and values.
+    cached: how many of those are in the attention worker's memory now; the others come from the
+    prompt cache when they are needed. snapshot: the one it was saved to or restored from last.
+    last_used: seconds since 1970, 0 for never.
+    """
 
     slot: int
-    state: str
+    state: SlotState
     request_id: str = ""
     tokens: int = 0
+    computed: int = 0
+    cached: int = 0
+    snapshot: str = ""
+    last_used: float = 0.0
+
+
+class SlotReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What an operation on a slot did.
+
+    tokens, computed: of the slot afterwards. chunks, bytes: of the snapshot; moved_chunks,
+    moved_bytes: what was uploaded (save) or read (restore) for it, the rest being there already.
+    """
+
+    slot: int
+    snapshot: str = ""
+    tokens: int = 0
+    computed: int = 0
+    chunks: int = 0
+    bytes: int = 0
+    moved_chunks: int = 0
+    moved_bytes: int = 0
+    seconds: float = 0.0
+
+
+class SnapshotInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot in the store; created: seconds since 1970; mismatch: why it cannot be restored here, if so."""
+
+    name: str
+    tokens: int
+    computed: int
+    bytes: int
+    created: float
+    mismatch: str = ""
+
+
+class CacheStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The prompt cache beyond the KV pages.
+
+    ram_bytes, ram_limit: chunks in host memory. store_bytes, store_limit: chunks in the store, as
+    far as this server knows. pending: chunks to be written yet. hits_*, misses: chunks looked up.
+    store_error: why the store is not used at the moment, if so.
+    """
+
+    ram_bytes: int = 0
+    ram_limit: int = 0
+    store_url: str = ""
+    store_bytes: int = 0
+    store_limit: int = 0
+    pending: int = 0
+    dropped: int = 0
+    hits_pages: int = 0
+    hits_ram: int = 0
+    hits_store: int = 0
+    misses: int = 0
+    store_error: str = ""
 
 
 class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,3 +225,4 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     kv_pages_total: int
     steps: int
     step_ms: dict[str, float]
+    cache: CacheStatus = CacheStatus()
