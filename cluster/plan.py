@@ -113,11 +113,12 @@ class Plan:
         return self.shared_bytes + (0 if self.gpu else self.attention_bytes)
 
 
-def make_plan(config: ModelConfig, gguf: GgufFile, topology: Topology, options: PlanOptions) -> Plan:
-    """Place a model on a host; InputError for options that make no sense."""
+def make_plan(
+    config: ModelConfig, gguf: GgufFile, topology: Topology, options: PlanOptions, gpu: Device | None = None
+) -> Plan:
+    """Place a model on a host, attention on `gpu` if there is one; InputError for options that make no sense."""
     if options.device not in DEVICES:
         raise InputError(f"--device {options.device} is not one of {', '.join(DEVICES)}")
-    gpu = None if options.device == "cpu" else topology.gpu
     if gpu:
         check_kv_type(config, options.kv_type)
     else:
@@ -126,14 +127,15 @@ def make_plan(config: ModelConfig, gguf: GgufFile, topology: Topology, options: 
     context = _positive("--ctx-size", options.context, min(config.context, DEFAULT_CONTEXT), config.context)
     chunk = _positive("--chunk", options.chunk, min(DEFAULT_GPU_CHUNK if gpu else DEFAULT_CHUNK, context), 8192)
     # One processor is left to the worker and the gateway where the shards' threads spin for a GPU.
-    spare = 1 if gpu and topology.cpus > 2 else 0
-    threads = _positive("--threads", options.threads, topology.cpus - spare, 4096)
+    cpus = len(topology.allowed_cpus)
+    spare = 1 if gpu and cpus > 2 else 0
+    threads = _positive("--threads", options.threads, cpus - spare, 4096)
     queue = _positive("--queue", options.queue, DEFAULT_QUEUE, 1 << 20)
     pages = slots * pages_for(context)
     shards: tuple[ShardPlacement, ...] = ()
     mailbox = None
     if config.moe is not None:
-        count = _positive("--shards", options.shards, len(topology.nodes), config.moe.ffn // 32)
+        count = _positive("--shards", options.shards, len(topology.compute_nodes), config.moe.ffn // 32)
         shards = _place_shards(config, gguf, topology, count, threads)
         mailbox = MailboxLayout(count, chunk + slots, config.moe.n_used, config.hidden)
     names = dense_tensor_names(gguf)
@@ -145,7 +147,7 @@ def make_plan(config: ModelConfig, gguf: GgufFile, topology: Topology, options: 
         queue=queue,
         n_pages=pages,
         kv_type=options.kv_type,
-        cpus=topology.cpus,
+        cpus=cpus,
         gpu=gpu,
         attention_threads=1 if gpu else threads,
         shards=shards,
@@ -159,9 +161,10 @@ def make_plan(config: ModelConfig, gguf: GgufFile, topology: Topology, options: 
 def _place_shards(
     config: ModelConfig, gguf: GgufFile, topology: Topology, count: int, threads: int
 ) -> tuple[ShardPlacement, ...]:
+    nodes = topology.compute_nodes
     placements = []
     for index in range(count):
-        node = topology.nodes[index * len(topology.nodes) // count]
+        node = nodes[index * len(nodes) // count]
         share = threads * (index + 1) // count - threads * index // count
         nbytes = slice_bytes(plan_slice(config, gguf, ShardSlice(index, count)))
         placements.append(ShardPlacement(index=index, numa_node=node.id, threads=max(1, share), nbytes=nbytes))

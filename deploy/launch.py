@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -16,7 +15,7 @@ from numoe.actors.gateway.actor import server_context
 from numoe.actors.gateway.listen import parse_listen, require_free
 from numoe.cluster.plan import Plan, PlanOptions, check_memory, make_plan
 from numoe.cluster.status import LoadProgress
-from numoe.cluster.topology import read_topology
+from numoe.cluster.topology import Topology
 from numoe.deploy.cluster import Server, start_ray, stop_ray
 from numoe.deploy.kernels import KernelBuild
 from numoe.engine import shm
@@ -39,8 +38,8 @@ def place_model(path: str | Path, options: PlanOptions) -> Iterator[tuple[ModelC
         config = ModelConfig.from_gguf(gguf)
         check_kernel_shapes(config)
         shm.remove_stale()
-        topology = replace(read_topology(), gpu=find_gpu(options.device))
-        yield config, gguf, make_plan(config, gguf, topology, options)
+        gpu = find_gpu(options.device)
+        yield config, gguf, make_plan(config, gguf, Topology.read(), options, gpu)
 
 
 def plan_model(path: str | Path, options: PlanOptions) -> tuple[Plan, KernelBuild]:

@@ -15,7 +15,7 @@ from numoe.engine.models.config import ModelConfig
 from tests.models import make_model
 
 GPU = Device("a GPU", (8, 6), 8 << 30, 8 << 30, 46, copy_bytes_s=4e11)
-NODES = (NumaNode(0, (0, 1, 2), 1 << 30),)
+HOST = Topology(nodes=(NumaNode(id=0, cores=((0,), (1,), (2,)), memory_bytes=1 << 30),))
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def both(model: Path, gpu: Device | None) -> tuple[Plan, Forecast]:
     with GgufFile.open(model) as gguf:
         config = ModelConfig.from_gguf(gguf)
-        plan = make_plan(config, gguf, Topology(NODES, gpu), PlanOptions())
+        plan = make_plan(config, gguf, HOST, PlanOptions(), gpu)
         return plan, forecast(plan, config, gguf, cpu_bytes_s=1e10, gpu_bytes_s=4e11, free_memory=1 << 33)
 
 

@@ -1,14 +1,13 @@
-"""Topology is read, models are placed, and what does not fit is refused with numbers."""
+"""Models are placed, and what does not fit is refused with numbers."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from numoe.cluster.plan import Plan, PlanOptions, check_memory, make_plan
-from numoe.cluster.topology import NumaNode, Topology, parse_cpu_list, read_topology
+from numoe.cluster.topology import NumaNode, Topology
 from numoe.engine.errors import InputError, ResourceError
 from numoe.engine.experts.mailbox import Mailbox
 from numoe.engine.experts.shard import ExpertShard, ShardSlice
@@ -19,33 +18,12 @@ from numoe.engine.worker.kv_pool import KvPool
 from numoe.engine.worker.weights import DenseWeights, dense_tensor_names
 from tests.models import make_model
 
-TWO_NODES = Topology((NumaNode(0, (0, 1, 2), 1 << 30), NumaNode(1, (4, 5, 6), 1 << 30)))
-
-
-def sysfs(root: Path, nodes: dict[int, str]) -> Path:
-    for number, cpus in nodes.items():
-        folder = root / f"node{number}"
-        folder.mkdir(parents=True)
-        (folder / "cpulist").write_text(cpus + "\n")
-        (folder / "meminfo").write_text(f"Node {number} MemTotal:       1024 kB\nNode {number} MemFree:  1 kB\n")
-    return root
-
-
-@pytest.mark.parametrize(("text", "cpus"), [("0-3", [0, 1, 2, 3]), ("0,2-3,9", [0, 2, 3, 9]), ("", []), ("7", [7])])
-def test_cpu_lists(text: str, cpus: list[int]) -> None:
-    assert parse_cpu_list(text) == cpus
-
-
-def test_nodes_are_read_in_order_and_within_the_affinity(tmp_path: Path) -> None:
-    root = sysfs(tmp_path, {0: "0-3", 1: "4-7", 10: "8-9", 2: ""})
-    topology = read_topology(root, allowed=range(2, 9))
-    assert [(node.id, node.cpus) for node in topology.nodes] == [(0, (2, 3)), (1, (4, 5, 6, 7)), (10, (8,))]
-    assert topology.cpus == 7
-    assert topology.nodes[0].memory == 1024 * 1024
-
-
-def test_a_kernel_without_numa_is_one_node(tmp_path: Path) -> None:
-    assert read_topology(tmp_path, allowed=[0, 1]).nodes == (NumaNode(0, (0, 1), 0),)
+TWO_NODES = Topology(
+    nodes=tuple(
+        NumaNode(id=number, cores=tuple((cpu,) for cpu in cpus), memory_bytes=1 << 30)
+        for number, cpus in enumerate(((0, 1, 2), (4, 5, 6)))
+    )
+)
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +94,6 @@ def test_what_is_counted_is_what_is_allocated(tmp_path: Path, options: dict[str,
     assert placed.kv_bytes <= KvPool(config, placed.n_pages, placed.kv_type).data.nbytes <= placed.kv_bytes + 64
     assert placed.n_pages == 4
     assert placed.total_bytes == placed.dense_bytes + placed.kv_bytes + placed.shared_bytes
-
-
-def test_this_host_is_read() -> None:
-    """Every processor that this process may use belongs to exactly one node."""
-    nodes = read_topology().nodes
-    cpus = [cpu for node in nodes for cpu in node.cpus]
-    assert sorted(cpus) == sorted(os.sched_getaffinity(0))
 
 
 def test_a_dense_model_has_no_shards(tmp_path: Path) -> None:

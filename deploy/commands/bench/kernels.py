@@ -71,9 +71,9 @@ def kernels(
 
     """
     with one_line_errors():
-        from numoe.cluster.topology import read_topology
+        from numoe.cluster.topology import Topology
 
-        count = read_topology().cpus if threads is None else threads
+        count = len(Topology.read().allowed_cpus) if threads is None else threads
         limits = (("--threads", count, 4096), ("--buffer-mb", buffer_mb, 1 << 20), ("--rounds", rounds, 1 << 20))
         for flag, value, most in limits:
             if not 1 <= value <= most:
