@@ -35,12 +35,35 @@ _SHM_FREE = Path("/dev/shm")  # noqa: S108 - that is where weights live
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """Where conversations are kept beyond the KV pages; by default nowhere.
+
+    store_url: as `open_store` takes it, "" for no store; store_endpoint: of s3://, "" for the usual one.
+    store_limit_bytes: of chunks in the store, None for no limit. cache_ram_bytes: of chunks in host
+    memory, 0 for none. resume: idle slots are saved at the stop and offered again at the start.
+    prompt_cache_file: what slot 0 begins with and leaves its prompt's state in, "" for none;
+    prompt_cache_all: with the generated tokens too. keep: tokens of the prompt that stay when the
+    context is full and generation goes on without the middle, -1 for all, None to end it there.
+    """
+
+    store_url: str = ""
+    store_endpoint: str = ""
+    store_limit_bytes: int | None = None
+    cache_ram_bytes: int = 0
+    resume: bool = False
+    prompt_cache_file: str = ""
+    prompt_cache_all: bool = False
+    keep: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanOptions:
     """What the user may say; None chooses.
 
     context: tokens of a request at most. slots: requests that run at once. threads: of all shards
     together, and of the attention worker. shards: expert shards. chunk: prompt tokens a step.
     queue: requests that may wait. kv_type: of the KV cache. device: where attention runs, one of DEVICES.
+    cache: what outlives a request.
     """
 
     context: int | None = None
@@ -51,6 +74,7 @@ class PlanOptions:
     queue: int | None = None
     kv_type: KvType = F16
     device: str = "auto"
+    cache: CacheOptions = CacheOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +110,7 @@ class Plan:
     kv_bytes: int
     work_bytes: int
     mailbox: MailboxLayout | None
+    cache: CacheOptions
 
     @property
     def max_rows(self) -> int:
@@ -155,6 +180,7 @@ def make_plan(
         kv_bytes=(GpuKvPool if gpu else KvPool).nbytes(config, pages, options.kv_type),
         work_bytes=work_bytes(config, gguf, len(shards), chunk + slots) if gpu else 0,
         mailbox=mailbox,
+        cache=options.cache,
     )
 
 
