@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -27,6 +28,7 @@ from numoe.cluster.supervisor import NAMESPACE, ActorClasses, Supervisor
 from numoe.deploy.signals import StopSignals, uninterrupted
 from numoe.engine import shm
 from numoe.engine.errors import NumoeError, UnavailableError
+from numoe.engine.private import make_private_folder
 
 _TEMP_PREFIX = f"{tempfile.gettempdir()}/numoe-ray-{os.getuid()}"
 _OWN_TEMP_DIR = f"{_TEMP_PREFIX}/{os.getpid()}"
@@ -90,6 +92,9 @@ def _init_ray() -> bool:
         else:
             return False
     os.environ[_OWNER_VARIABLE] = _OWN_TEMP_DIR
+    make_private_folder(Path(_TEMP_PREFIX))  # Ray's own folders and sockets are open to all users
+    if not address:  # else Ray has read the user's token already
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # its ports are open to the network
     ray.init(
         address="local",
         include_dashboard=False,

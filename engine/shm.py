@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from numoe.engine.errors import ResourceError, UnavailableError
+from numoe.engine.errors import AccessError, ResourceError, UnavailableError
+from numoe.engine.private import make_private_folder, write_private
 
 ROOT = Path(f"/dev/shm/numoe-{os.getuid()}")  # noqa: S108 - shared memory is what this is for
 _OWNER_FILE = "owner"
@@ -50,13 +51,17 @@ class SharedSegment:
 
     @classmethod
     def attach(cls, path: str | Path, nbytes: int) -> SharedSegment:
-        """Map an existing file of that size; UnavailableError if it is gone or another's."""
+        """Map an existing file of that size; UnavailableError if it is gone, AccessError if it is another user's."""
         path = Path(path)
         try:
-            descriptor = os.open(path, os.O_RDWR)
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
         except OSError as error:
             raise UnavailableError(f"shared memory {path} cannot be mapped: {error.strerror}") from None
-        if os.fstat(descriptor).st_size != nbytes:
+        found = os.fstat(descriptor)
+        if found.st_uid != os.getuid() or found.st_mode & 0o077:
+            os.close(descriptor)
+            raise AccessError(f"shared memory {path} is not this user's alone: remove it and start the server again")
+        if found.st_size != nbytes:
             os.close(descriptor)
             raise UnavailableError(f"shared memory {path} does not have the {nbytes} bytes expected")
         return cls(path, nbytes, descriptor)
@@ -69,8 +74,11 @@ class SharedSegment:
 
 
 def create_folder(instance: str) -> Path:
-    """The folder of an instance, owned by this process: `remove_stale` spares it while the owner lives."""
-    ROOT.mkdir(mode=0o700, exist_ok=True)
+    """The folder of an instance, owned by this process: `remove_stale` spares it while the owner lives.
+
+    Raises AccessError where the root is another user's.
+    """
+    make_private_folder(ROOT)
     folder = ROOT / instance
     folder.mkdir(mode=0o700)
     adopt_folder(folder, os.getpid())
@@ -80,7 +88,7 @@ def create_folder(instance: str) -> Path:
 def adopt_folder(folder: Path, pid: int) -> None:
     """Make process `pid` the owner of an instance's folder."""
     started = psutil.Process(pid).create_time()
-    (folder / _OWNER_FILE).write_text(f"{pid} {started}")
+    write_private(folder / _OWNER_FILE, f"{pid} {started}")
 
 
 def remove_folder(folder: Path) -> None:
@@ -91,9 +99,15 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_stale() -> list[Path]:
-    """Remove the folders whose owner died without cleaning up; what was removed."""
+    """Remove the folders whose owner died without cleaning up; what was removed.
+
+    Raises AccessError where the root is another user's.
+    """
+    if not os.path.lexists(ROOT):
+        return []
+    make_private_folder(ROOT)  # never clean up behind somebody's link
     removed = []
-    for folder in sorted(ROOT.iterdir()) if ROOT.is_dir() else []:
+    for folder in sorted(ROOT.iterdir()):
         if not _owner_lives(folder):
             remove_folder(folder)
             removed.append(folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from numoe.engine import shm
-from numoe.engine.errors import ResourceError, UnavailableError
+from numoe.engine.errors import AccessError, ResourceError, UnavailableError
 
 
 @pytest.fixture
@@ -23,8 +23,8 @@ def test_two_mappings_see_the_same_bytes(root: Path) -> None:
     second = shm.SharedSegment.attach(folder / "x", 4096)
     first.array[17] = 5
     assert second.array[17] == 5
-    assert (folder / "x").stat().st_mode & 0o777 == 0o600
-    assert folder.stat().st_mode & 0o777 == 0o700
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o600}
+    assert root.stat().st_mode & 0o777 == folder.stat().st_mode & 0o777 == 0o700
     shm.remove_folder(folder)
     assert not root.exists()
 
@@ -43,6 +43,26 @@ def test_another_size_is_not_attached(root: Path) -> None:
         shm.SharedSegment.attach(folder / "x", 8192)
     with pytest.raises(UnavailableError, match="cannot be mapped"):
         shm.SharedSegment.attach(folder / "absent", 4096)
+
+
+def test_a_segment_that_others_may_open_is_not_attached(root: Path) -> None:
+    folder = shm.create_folder("one")
+    shm.SharedSegment.create(folder / "x", 4096)
+    (folder / "link").symlink_to(folder / "x")
+    with pytest.raises(UnavailableError, match="cannot be mapped"):
+        shm.SharedSegment.attach(folder / "link", 4096)
+    (folder / "x").chmod(0o660)
+    with pytest.raises(AccessError, match="not this user's alone"):
+        shm.SharedSegment.attach(folder / "x", 4096)
+
+
+def test_nothing_behind_a_link_is_removed(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "home" / "work").mkdir(parents=True)
+    os.utime(tmp_path / "home" / "work", (1, 1))
+    root.symlink_to(tmp_path / "home")
+    with pytest.raises(AccessError, match="no folder"):
+        shm.remove_stale()
+    assert (tmp_path / "home" / "work").is_dir()
 
 
 def test_only_folders_of_dead_owners_are_stale(root: Path) -> None:
