@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from numoe.v1 import model_pb2 as _model_pb2
@@ -119,16 +120,30 @@ class _SlotStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SlotState.V
     DESCRIPTOR: _descriptor.EnumDescriptor
     SLOT_STATE_UNSPECIFIED: _SlotState.ValueType  # 0
     SLOT_STATE_IDLE: _SlotState.ValueType  # 1
+    """No request runs in it; it may hold a conversation."""
     SLOT_STATE_PREFILL: _SlotState.ValueType  # 2
     SLOT_STATE_DECODE: _SlotState.ValueType  # 3
+    SLOT_STATE_LOADING: _SlotState.ValueType  # 4
+    """Cached keys and values are fetched for its request."""
+    SLOT_STATE_SAVING: _SlotState.ValueType  # 5
+    """It is being saved to a snapshot."""
+    SLOT_STATE_RESTORING: _SlotState.ValueType  # 6
+    """A snapshot is being read into it."""
 
 class SlotState(_SlotState, metaclass=_SlotStateEnumTypeWrapper):
     """What a slot is doing."""
 
 SLOT_STATE_UNSPECIFIED: SlotState.ValueType  # 0
 SLOT_STATE_IDLE: SlotState.ValueType  # 1
+"""No request runs in it; it may hold a conversation."""
 SLOT_STATE_PREFILL: SlotState.ValueType  # 2
 SLOT_STATE_DECODE: SlotState.ValueType  # 3
+SLOT_STATE_LOADING: SlotState.ValueType  # 4
+"""Cached keys and values are fetched for its request."""
+SLOT_STATE_SAVING: SlotState.ValueType  # 5
+"""It is being saved to a snapshot."""
+SLOT_STATE_RESTORING: SlotState.ValueType  # 6
+"""A snapshot is being read into it."""
 Global___SlotState: _TypeAlias = SlotState  # noqa: Y015
 
 @_typing.final
@@ -163,6 +178,7 @@ class GetStatusResponse(_message.Message):
     QUEUE_FIELD_NUMBER: _builtins.int
     KV_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """numoe's version."""
     state: Global___ServerState.ValueType
@@ -182,6 +198,10 @@ class GetStatusResponse(_message.Message):
     def step(self) -> Global___StepStatus:
         """Absent: no step has run."""
 
+    @_builtins.property
+    def cache(self) -> Global___CacheStatus:
+        """Absent: the attention worker does not answer."""
+
     def __init__(
         self,
         *,
@@ -194,13 +214,19 @@ class GetStatusResponse(_message.Message):
         queue: Global___QueueStatus | None = ...,
         kv: Global___KvStatus | None = ...,
         step: Global___StepStatus | None = ...,
+        cache: Global___CacheStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "kv", b"kv", "model", b"model", "queue", b"queue", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cache", b"_cache", "_step", b"_step", "cache", b"cache", "kv", b"kv", "model", b"model", "queue", b"queue", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step", b"_step", "actors", b"actors", "kv", b"kv", "model", b"model", "queue", b"queue", "slots", b"slots", "state", b"state", "step", b"step", "uptime_seconds", b"uptime_seconds", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache", b"_cache", "_step", b"_step", "actors", b"actors", "cache", b"cache", "kv", b"kv", "model", b"model", "queue", b"queue", "slots", b"slots", "state", b"state", "step", b"step", "uptime_seconds", b"uptime_seconds", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cache: _TypeAlias = _typing.Literal["cache"]  # noqa: Y015
+    _WhichOneofArgType__cache: _TypeAlias = _typing.Literal["_cache", b"_cache"]  # noqa: Y015
     _WhichOneofReturnType__step: _TypeAlias = _typing.Literal["step"]  # noqa: Y015
     _WhichOneofArgType__step: _TypeAlias = _typing.Literal["_step", b"_step"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cache) -> _WhichOneofReturnType__cache | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__step) -> _WhichOneofReturnType__step | None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
@@ -248,7 +274,7 @@ Global___ActorStatus: _TypeAlias = ActorStatus  # noqa: Y015
 
 @_typing.final
 class SlotStatus(_message.Message):
-    """One place for a running request."""
+    """One place for a running request, which keeps its conversation afterwards."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -256,12 +282,28 @@ class SlotStatus(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    COMPUTED_FIELD_NUMBER: _builtins.int
+    CACHED_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    LAST_USED_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     state: Global___SlotState.ValueType
     request_id: _builtins.str
     """Absent: none runs."""
     tokens: _builtins.int
-    """Tokens it holds in the KV cache."""
+    """Tokens of the conversation it holds."""
+    computed: _builtins.int
+    """Of these, how many have keys and values."""
+    cached: _builtins.int
+    """Of these, how many are in the attention worker's memory; the others come from the prompt cache
+    when they are needed.
+    """
+    snapshot: _builtins.str
+    """The snapshot it was saved to or restored from last. Absent: none."""
+    @_builtins.property
+    def last_used(self) -> _timestamp_pb2.Timestamp:
+        """When a request ran in it last. Absent: never."""
+
     def __init__(
         self,
         *,
@@ -269,14 +311,23 @@ class SlotStatus(_message.Message):
         state: Global___SlotState.ValueType = ...,
         request_id: _builtins.str | None = ...,
         tokens: _builtins.int = ...,
+        computed: _builtins.int = ...,
+        cached: _builtins.int = ...,
+        snapshot: _builtins.str | None = ...,
+        last_used: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_request_id", b"_request_id", "request_id", b"request_id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_request_id", b"_request_id", "_snapshot", b"_snapshot", "last_used", b"last_used", "request_id", b"request_id", "snapshot", b"snapshot"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_request_id", b"_request_id", "request_id", b"request_id", "slot", b"slot", "state", b"state", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_request_id", b"_request_id", "_snapshot", b"_snapshot", "cached", b"cached", "computed", b"computed", "last_used", b"last_used", "request_id", b"request_id", "slot", b"slot", "snapshot", b"snapshot", "state", b"state", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__request_id: _TypeAlias = _typing.Literal["request_id"]  # noqa: Y015
     _WhichOneofArgType__request_id: _TypeAlias = _typing.Literal["_request_id", b"_request_id"]  # noqa: Y015
+    _WhichOneofReturnType__snapshot: _TypeAlias = _typing.Literal["snapshot"]  # noqa: Y015
+    _WhichOneofArgType__snapshot: _TypeAlias = _typing.Literal["_snapshot", b"_snapshot"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__request_id) -> _WhichOneofReturnType__request_id | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__snapshot) -> _WhichOneofReturnType__snapshot | None: ...
 
 Global___SlotStatus: _TypeAlias = SlotStatus  # noqa: Y015
 
@@ -337,6 +388,79 @@ class KvStatus(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___KvStatus: _TypeAlias = KvStatus  # noqa: Y015
+
+@_typing.final
+class CacheStatus(_message.Message):
+    """Cached prompts beyond the KV pages. Chunks are the keys and values of 256 tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RAM_BYTES_FIELD_NUMBER: _builtins.int
+    RAM_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+    STORE_URL_FIELD_NUMBER: _builtins.int
+    STORE_BYTES_FIELD_NUMBER: _builtins.int
+    STORE_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+    PENDING_CHUNKS_FIELD_NUMBER: _builtins.int
+    DROPPED_CHUNKS_FIELD_NUMBER: _builtins.int
+    HITS_PAGES_FIELD_NUMBER: _builtins.int
+    HITS_RAM_FIELD_NUMBER: _builtins.int
+    HITS_STORE_FIELD_NUMBER: _builtins.int
+    MISSES_FIELD_NUMBER: _builtins.int
+    STORE_ERROR_FIELD_NUMBER: _builtins.int
+    ram_bytes: _builtins.int
+    """Chunks in host memory, in bytes; at most the limit."""
+    ram_limit_bytes: _builtins.int
+    store_url: _builtins.str
+    """Where they are stored. Absent: nowhere."""
+    store_bytes: _builtins.int
+    """Chunks in the store, in bytes, as far as this server knows."""
+    store_limit_bytes: _builtins.int
+    """Absent: no limit."""
+    pending_chunks: _builtins.int
+    """Chunks that are yet to be written to the store."""
+    dropped_chunks: _builtins.int
+    """Chunks that were given up because the store did not keep up."""
+    hits_pages: _builtins.int
+    """Chunks of prompts that were found in the KV pages, in host memory, in the store, and nowhere."""
+    hits_ram: _builtins.int
+    hits_store: _builtins.int
+    misses: _builtins.int
+    store_error: _builtins.str
+    """Why the store is not used at the moment. Absent: it is."""
+    def __init__(
+        self,
+        *,
+        ram_bytes: _builtins.int = ...,
+        ram_limit_bytes: _builtins.int = ...,
+        store_url: _builtins.str | None = ...,
+        store_bytes: _builtins.int = ...,
+        store_limit_bytes: _builtins.int | None = ...,
+        pending_chunks: _builtins.int = ...,
+        dropped_chunks: _builtins.int = ...,
+        hits_pages: _builtins.int = ...,
+        hits_ram: _builtins.int = ...,
+        hits_store: _builtins.int = ...,
+        misses: _builtins.int = ...,
+        store_error: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_store_error", b"_store_error", "_store_limit_bytes", b"_store_limit_bytes", "_store_url", b"_store_url", "store_error", b"store_error", "store_limit_bytes", b"store_limit_bytes", "store_url", b"store_url"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_store_error", b"_store_error", "_store_limit_bytes", b"_store_limit_bytes", "_store_url", b"_store_url", "dropped_chunks", b"dropped_chunks", "hits_pages", b"hits_pages", "hits_ram", b"hits_ram", "hits_store", b"hits_store", "misses", b"misses", "pending_chunks", b"pending_chunks", "ram_bytes", b"ram_bytes", "ram_limit_bytes", b"ram_limit_bytes", "store_bytes", b"store_bytes", "store_error", b"store_error", "store_limit_bytes", b"store_limit_bytes", "store_url", b"store_url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__store_error: _TypeAlias = _typing.Literal["store_error"]  # noqa: Y015
+    _WhichOneofArgType__store_error: _TypeAlias = _typing.Literal["_store_error", b"_store_error"]  # noqa: Y015
+    _WhichOneofReturnType__store_limit_bytes: _TypeAlias = _typing.Literal["store_limit_bytes"]  # noqa: Y015
+    _WhichOneofArgType__store_limit_bytes: _TypeAlias = _typing.Literal["_store_limit_bytes", b"_store_limit_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__store_url: _TypeAlias = _typing.Literal["store_url"]  # noqa: Y015
+    _WhichOneofArgType__store_url: _TypeAlias = _typing.Literal["_store_url", b"_store_url"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__store_error) -> _WhichOneofReturnType__store_error | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__store_limit_bytes) -> _WhichOneofReturnType__store_limit_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__store_url) -> _WhichOneofReturnType__store_url | None: ...
+
+Global___CacheStatus: _TypeAlias = CacheStatus  # noqa: Y015
 
 @_typing.final
 class StepStatus(_message.Message):

@@ -22,10 +22,11 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from numoe.v1 import chat_pb2 as numoe_dot_v1_dot_chat__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19numoe/v1/generation.proto\x12\x08numoe.v1\x1a\x13numoe/v1/chat.proto\"\xc3\x02\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x12.numoe.v1.TokenIdsH\x00\x12$\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x14.numoe.v1.ChatPromptH\x00\x12+\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.numoe.v1.SamplingOptions\x12\'\n\x08stopping\x18\x05 \x01(\x0b\x32\x15.numoe.v1.StopOptions\x12\x15\n\x08logprobs\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x17\n\nrequest_id\x18\x07 \x01(\tH\x02\x88\x01\x01\x12%\n\x05\x63\x61\x63he\x18\x08 \x01(\x0b\x32\x16.numoe.v1.CacheOptionsB\x08\n\x06promptB\x0b\n\t_logprobsB\r\n\x0b_request_id\",\n\x0c\x43\x61\x63heOptions\x12\x0c\n\x04salt\x18\x01 \x01(\x0c\x12\x0e\n\x06\x62ypass\x18\x02 \x01(\x08\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"s\n\nChatPrompt\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.numoe.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x18\n\x16_add_generation_prompt\"\xf3\x03\n\x0fSamplingOptions\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1b\n\x0epenalty_window\x18\x08 \x01(\x05H\x07\x88\x01\x01\x12<\n\nlogit_bias\x18\t \x03(\x0b\x32(.numoe.v1.SamplingOptions.LogitBiasEntry\x12\x11\n\x04seed\x18\n \x01(\x04H\x08\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x11\n\x0f_penalty_windowB\x07\n\x05_seed\"\x81\x01\n\x0bStopOptions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0f\n\x07strings\x18\x02 \x03(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x17\n\nignore_eos\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_ignore_eos\"\xbb\x01\n\x10GenerateResponse\x12$\n\x07started\x18\x01 \x01(\x0b\x32\x11.numoe.v1.StartedH\x00\x12,\n\x07prefill\x18\x02 \x01(\x0b\x32\x19.numoe.v1.PrefillProgressH\x00\x12\"\n\x06tokens\x18\x03 \x01(\x0b\x32\x10.numoe.v1.TokensH\x00\x12&\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x12.numoe.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"Y\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\".\n\x0fPrefillProgress\x12\x0c\n\x04\x64one\x18\x01 \x01(\r\x12\r\n\x05total\x18\x02 \x01(\r\"T\n\x06Tokens\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12)\n\x08logprobs\x18\x03 \x03(\x0b\x32\x17.numoe.v1.TokenLogprobs\"[\n\rTokenLogprobs\x12%\n\x05token\x18\x01 \x01(\x0b\x32\x16.numoe.v1.TokenLogprob\x12#\n\x03top\x18\x02 \x03(\x0b\x32\x16.numoe.v1.TokenLogprob\"@\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\r\n\x05piece\x18\x03 \x01(\x0c\"\xa0\x01\n\x08\x46inished\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.numoe.v1.FinishReason\x12\x1e\n\x05usage\x18\x02 \x01(\x0b\x32\x0f.numoe.v1.Usage\x12\"\n\x07timings\x18\x03 \x01(\x0b\x32\x11.numoe.v1.Timings\x12\x18\n\x0bstop_string\x18\x04 \x01(\tH\x00\x88\x01\x01\x42\x0e\n\x0c_stop_string\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"\x8f\x01\n\x07Timings\x12\x11\n\tqueued_ms\x18\x01 \x01(\x01\x12\x12\n\nprefill_ms\x18\x02 \x01(\x01\x12\x11\n\tdecode_ms\x18\x03 \x01(\x01\x12\x10\n\x08total_ms\x18\x04 \x01(\x01\x12\x1b\n\x13prompt_ms_per_token\x18\x05 \x01(\x01\x12\x1b\n\x13\x64\x65\x63ode_ms_per_token\x18\x06 \x01(\x01\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x32\x92\x01\n\x11GenerationService\x12\x43\n\x08Generate\x12\x19.numoe.v1.GenerateRequest\x1a\x1a.numoe.v1.GenerateResponse0\x01\x12\x38\n\x05\x41\x62ort\x12\x16.numoe.v1.AbortRequest\x1a\x17.numoe.v1.AbortResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19numoe/v1/generation.proto\x12\x08numoe.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x13numoe/v1/chat.proto\"\x93\x03\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x12.numoe.v1.TokenIdsH\x00\x12$\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x14.numoe.v1.ChatPromptH\x00\x12+\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.numoe.v1.SamplingOptions\x12\'\n\x08stopping\x18\x05 \x01(\x0b\x32\x15.numoe.v1.StopOptions\x12\x15\n\x08logprobs\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x17\n\nrequest_id\x18\x07 \x01(\tH\x02\x88\x01\x01\x12%\n\x05\x63\x61\x63he\x18\x08 \x01(\x0b\x32\x16.numoe.v1.CacheOptions\x12\x14\n\x07slot_id\x18\t \x01(\rH\x03\x88\x01\x01\x12,\n\tslot_wait\x18\n \x01(\x0b\x32\x19.google.protobuf.DurationB\x08\n\x06promptB\x0b\n\t_logprobsB\r\n\x0b_request_idB\n\n\x08_slot_id\",\n\x0c\x43\x61\x63heOptions\x12\x0c\n\x04salt\x18\x01 \x01(\x0c\x12\x0e\n\x06\x62ypass\x18\x02 \x01(\x08\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"s\n\nChatPrompt\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.numoe.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x18\n\x16_add_generation_prompt\"\xf3\x03\n\x0fSamplingOptions\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1b\n\x0epenalty_window\x18\x08 \x01(\x05H\x07\x88\x01\x01\x12<\n\nlogit_bias\x18\t \x03(\x0b\x32(.numoe.v1.SamplingOptions.LogitBiasEntry\x12\x11\n\x04seed\x18\n \x01(\x04H\x08\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x11\n\x0f_penalty_windowB\x07\n\x05_seed\"\x81\x01\n\x0bStopOptions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0f\n\x07strings\x18\x02 \x03(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x17\n\nignore_eos\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_ignore_eos\"\xbb\x01\n\x10GenerateResponse\x12$\n\x07started\x18\x01 \x01(\x0b\x32\x11.numoe.v1.StartedH\x00\x12,\n\x07prefill\x18\x02 \x01(\x0b\x32\x19.numoe.v1.PrefillProgressH\x00\x12\"\n\x06tokens\x18\x03 \x01(\x0b\x32\x10.numoe.v1.TokensH\x00\x12&\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x12.numoe.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"Y\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\".\n\x0fPrefillProgress\x12\x0c\n\x04\x64one\x18\x01 \x01(\r\x12\r\n\x05total\x18\x02 \x01(\r\"T\n\x06Tokens\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12)\n\x08logprobs\x18\x03 \x03(\x0b\x32\x17.numoe.v1.TokenLogprobs\"[\n\rTokenLogprobs\x12%\n\x05token\x18\x01 \x01(\x0b\x32\x16.numoe.v1.TokenLogprob\x12#\n\x03top\x18\x02 \x03(\x0b\x32\x16.numoe.v1.TokenLogprob\"@\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\r\n\x05piece\x18\x03 \x01(\x0c\"\xa0\x01\n\x08\x46inished\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.numoe.v1.FinishReason\x12\x1e\n\x05usage\x18\x02 \x01(\x0b\x32\x0f.numoe.v1.Usage\x12\"\n\x07timings\x18\x03 \x01(\x0b\x32\x11.numoe.v1.Timings\x12\x18\n\x0bstop_string\x18\x04 \x01(\tH\x00\x88\x01\x01\x42\x0e\n\x0c_stop_string\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"\x8f\x01\n\x07Timings\x12\x11\n\tqueued_ms\x18\x01 \x01(\x01\x12\x12\n\nprefill_ms\x18\x02 \x01(\x01\x12\x11\n\tdecode_ms\x18\x03 \x01(\x01\x12\x10\n\x08total_ms\x18\x04 \x01(\x01\x12\x1b\n\x13prompt_ms_per_token\x18\x05 \x01(\x01\x12\x1b\n\x13\x64\x65\x63ode_ms_per_token\x18\x06 \x01(\x01\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x32\x92\x01\n\x11GenerationService\x12\x43\n\x08Generate\x12\x19.numoe.v1.GenerateRequest\x1a\x1a.numoe.v1.GenerateResponse0\x01\x12\x38\n\x05\x41\x62ort\x12\x16.numoe.v1.AbortRequest\x1a\x17.numoe.v1.AbortResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,44 +35,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2226
-  _globals['_FINISHREASON']._serialized_end=2350
-  _globals['_GENERATEREQUEST']._serialized_start=61
-  _globals['_GENERATEREQUEST']._serialized_end=384
-  _globals['_CACHEOPTIONS']._serialized_start=386
-  _globals['_CACHEOPTIONS']._serialized_end=430
-  _globals['_TOKENIDS']._serialized_start=432
-  _globals['_TOKENIDS']._serialized_end=455
-  _globals['_CHATPROMPT']._serialized_start=457
-  _globals['_CHATPROMPT']._serialized_end=572
-  _globals['_SAMPLINGOPTIONS']._serialized_start=575
-  _globals['_SAMPLINGOPTIONS']._serialized_end=1074
-  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_start=886
-  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_end=934
-  _globals['_STOPOPTIONS']._serialized_start=1077
-  _globals['_STOPOPTIONS']._serialized_end=1206
-  _globals['_GENERATERESPONSE']._serialized_start=1209
-  _globals['_GENERATERESPONSE']._serialized_end=1396
-  _globals['_STARTED']._serialized_start=1398
-  _globals['_STARTED']._serialized_end=1487
-  _globals['_PREFILLPROGRESS']._serialized_start=1489
-  _globals['_PREFILLPROGRESS']._serialized_end=1535
-  _globals['_TOKENS']._serialized_start=1537
-  _globals['_TOKENS']._serialized_end=1621
-  _globals['_TOKENLOGPROBS']._serialized_start=1623
-  _globals['_TOKENLOGPROBS']._serialized_end=1714
-  _globals['_TOKENLOGPROB']._serialized_start=1716
-  _globals['_TOKENLOGPROB']._serialized_end=1780
-  _globals['_FINISHED']._serialized_start=1783
-  _globals['_FINISHED']._serialized_end=1943
-  _globals['_USAGE']._serialized_start=1945
-  _globals['_USAGE']._serialized_end=2025
-  _globals['_TIMINGS']._serialized_start=2028
-  _globals['_TIMINGS']._serialized_end=2171
-  _globals['_ABORTREQUEST']._serialized_start=2173
-  _globals['_ABORTREQUEST']._serialized_end=2207
-  _globals['_ABORTRESPONSE']._serialized_start=2209
-  _globals['_ABORTRESPONSE']._serialized_end=2224
-  _globals['_GENERATIONSERVICE']._serialized_start=2353
-  _globals['_GENERATIONSERVICE']._serialized_end=2499
+  _globals['_FINISHREASON']._serialized_start=2338
+  _globals['_FINISHREASON']._serialized_end=2462
+  _globals['_GENERATEREQUEST']._serialized_start=93
+  _globals['_GENERATEREQUEST']._serialized_end=496
+  _globals['_CACHEOPTIONS']._serialized_start=498
+  _globals['_CACHEOPTIONS']._serialized_end=542
+  _globals['_TOKENIDS']._serialized_start=544
+  _globals['_TOKENIDS']._serialized_end=567
+  _globals['_CHATPROMPT']._serialized_start=569
+  _globals['_CHATPROMPT']._serialized_end=684
+  _globals['_SAMPLINGOPTIONS']._serialized_start=687
+  _globals['_SAMPLINGOPTIONS']._serialized_end=1186
+  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_start=998
+  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_end=1046
+  _globals['_STOPOPTIONS']._serialized_start=1189
+  _globals['_STOPOPTIONS']._serialized_end=1318
+  _globals['_GENERATERESPONSE']._serialized_start=1321
+  _globals['_GENERATERESPONSE']._serialized_end=1508
+  _globals['_STARTED']._serialized_start=1510
+  _globals['_STARTED']._serialized_end=1599
+  _globals['_PREFILLPROGRESS']._serialized_start=1601
+  _globals['_PREFILLPROGRESS']._serialized_end=1647
+  _globals['_TOKENS']._serialized_start=1649
+  _globals['_TOKENS']._serialized_end=1733
+  _globals['_TOKENLOGPROBS']._serialized_start=1735
+  _globals['_TOKENLOGPROBS']._serialized_end=1826
+  _globals['_TOKENLOGPROB']._serialized_start=1828
+  _globals['_TOKENLOGPROB']._serialized_end=1892
+  _globals['_FINISHED']._serialized_start=1895
+  _globals['_FINISHED']._serialized_end=2055
+  _globals['_USAGE']._serialized_start=2057
+  _globals['_USAGE']._serialized_end=2137
+  _globals['_TIMINGS']._serialized_start=2140
+  _globals['_TIMINGS']._serialized_end=2283
+  _globals['_ABORTREQUEST']._serialized_start=2285
+  _globals['_ABORTREQUEST']._serialized_end=2319
+  _globals['_ABORTRESPONSE']._serialized_start=2321
+  _globals['_ABORTRESPONSE']._serialized_end=2336
+  _globals['_GENERATIONSERVICE']._serialized_start=2465
+  _globals['_GENERATIONSERVICE']._serialized_end=2611
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ and UNAVAILABLE add a RetryInfo where trying again may help.
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -63,6 +64,8 @@ class GenerateRequest(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
+    SLOT_ID_FIELD_NUMBER: _builtins.int
+    SLOT_WAIT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Plain text. The beginning-of-sequence token is added where the model wants one, and the
     spelling of a special token ("<|im_end|>") becomes that token.
@@ -74,6 +77,10 @@ class GenerateRequest(_message.Message):
     request_id: _builtins.str
     """A name for the request, unique among the running ones: 1 to 128 characters of
     [A-Za-z0-9._:-]. Absent: the server makes one and says it in Started.
+    """
+    slot_id: _builtins.int
+    """The slot to run in. It goes on from what the slot holds, as far as the prompt begins with the same
+    tokens, and the slot keeps the conversation afterwards. Absent: any slot that is free.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
@@ -95,6 +102,10 @@ class GenerateRequest(_message.Message):
     def cache(self) -> Global___CacheOptions:
         """Which cached prompts may be used, and by whom this one."""
 
+    @_builtins.property
+    def slot_wait(self) -> _duration_pb2.Duration:
+        """How long to wait while others use slot_id, at most a day. Absent: not at all, FAILED_PRECONDITION."""
+
     def __init__(
         self,
         *,
@@ -106,21 +117,27 @@ class GenerateRequest(_message.Message):
         logprobs: _builtins.int | None = ...,
         request_id: _builtins.str | None = ...,
         cache: Global___CacheOptions | None = ...,
+        slot_id: _builtins.int | None = ...,
+        slot_wait: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_request_id", b"_request_id", "cache", b"cache", "chat", b"chat", "logprobs", b"logprobs", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_request_id", b"_request_id", "_slot_id", b"_slot_id", "cache", b"cache", "chat", b"chat", "logprobs", b"logprobs", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "slot_id", b"slot_id", "slot_wait", b"slot_wait", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_request_id", b"_request_id", "cache", b"cache", "chat", b"chat", "logprobs", b"logprobs", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_request_id", b"_request_id", "_slot_id", b"_slot_id", "cache", b"cache", "chat", b"chat", "logprobs", b"logprobs", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "slot_id", b"slot_id", "slot_wait", b"slot_wait", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
     _WhichOneofReturnType__request_id: _TypeAlias = _typing.Literal["request_id"]  # noqa: Y015
     _WhichOneofArgType__request_id: _TypeAlias = _typing.Literal["_request_id", b"_request_id"]  # noqa: Y015
+    _WhichOneofReturnType__slot_id: _TypeAlias = _typing.Literal["slot_id"]  # noqa: Y015
+    _WhichOneofArgType__slot_id: _TypeAlias = _typing.Literal["_slot_id", b"_slot_id"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__request_id) -> _WhichOneofReturnType__request_id | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__slot_id) -> _WhichOneofReturnType__slot_id | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
@@ -129,7 +146,7 @@ Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 @_typing.final
 class CacheOptions(_message.Message):
     """Prompts that were read before need not be read again: their keys and values stay in the KV cache
-    until its memory is needed, in whole pages of 256 tokens.
+    until its memory is needed, then in host memory and in the store, in whole chunks of 256 tokens.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

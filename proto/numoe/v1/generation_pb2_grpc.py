@@ -58,9 +58,10 @@ class GenerationServiceServicer(object):
         Cancelling the call, or letting its deadline pass, frees the server's slot within one step.
 
         Errors: INVALID_ARGUMENT (the request names a bad value; a prompt longer than the context),
-        ALREADY_EXISTS (request_id is in use), FAILED_PRECONDITION (chat messages for a model that has no
-        chat template), RESOURCE_EXHAUSTED (the queue is full, or the reader is too slow for the stream),
-        UNAVAILABLE (loading, draining, or a worker died), DEADLINE_EXCEEDED.
+        ALREADY_EXISTS (request_id is in use), NOT_FOUND (no such slot), FAILED_PRECONDITION (chat messages
+        for a model that has no chat template; the slot is busy), RESOURCE_EXHAUSTED (the queue is full, or
+        the reader is too slow for the stream), UNAVAILABLE (loading, draining, or a worker died),
+        DEADLINE_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

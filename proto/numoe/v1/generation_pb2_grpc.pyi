@@ -43,9 +43,10 @@ class GenerationServiceStub:
     Cancelling the call, or letting its deadline pass, frees the server's slot within one step.
 
     Errors: INVALID_ARGUMENT (the request names a bad value; a prompt longer than the context),
-    ALREADY_EXISTS (request_id is in use), FAILED_PRECONDITION (chat messages for a model that has no
-    chat template), RESOURCE_EXHAUSTED (the queue is full, or the reader is too slow for the stream),
-    UNAVAILABLE (loading, draining, or a worker died), DEADLINE_EXCEEDED.
+    ALREADY_EXISTS (request_id is in use), NOT_FOUND (no such slot), FAILED_PRECONDITION (chat messages
+    for a model that has no chat template; the slot is busy), RESOURCE_EXHAUSTED (the queue is full, or
+    the reader is too slow for the stream), UNAVAILABLE (loading, draining, or a worker died),
+    DEADLINE_EXCEEDED.
     """
     Abort: _grpc.UnaryUnaryMultiCallable[_generation_pb2.AbortRequest, _generation_pb2.AbortResponse]
     """Abort ends a running or queued request, whose stream then finishes with
@@ -64,9 +65,10 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     Cancelling the call, or letting its deadline pass, frees the server's slot within one step.
 
     Errors: INVALID_ARGUMENT (the request names a bad value; a prompt longer than the context),
-    ALREADY_EXISTS (request_id is in use), FAILED_PRECONDITION (chat messages for a model that has no
-    chat template), RESOURCE_EXHAUSTED (the queue is full, or the reader is too slow for the stream),
-    UNAVAILABLE (loading, draining, or a worker died), DEADLINE_EXCEEDED.
+    ALREADY_EXISTS (request_id is in use), NOT_FOUND (no such slot), FAILED_PRECONDITION (chat messages
+    for a model that has no chat template; the slot is busy), RESOURCE_EXHAUSTED (the queue is full, or
+    the reader is too slow for the stream), UNAVAILABLE (loading, draining, or a worker died),
+    DEADLINE_EXCEEDED.
     """
     Abort: _aio.UnaryUnaryMultiCallable[_generation_pb2.AbortRequest, _generation_pb2.AbortResponse]  # type: ignore[assignment]
     """Abort ends a running or queued request, whose stream then finishes with
@@ -88,9 +90,10 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         Cancelling the call, or letting its deadline pass, frees the server's slot within one step.
 
         Errors: INVALID_ARGUMENT (the request names a bad value; a prompt longer than the context),
-        ALREADY_EXISTS (request_id is in use), FAILED_PRECONDITION (chat messages for a model that has no
-        chat template), RESOURCE_EXHAUSTED (the queue is full, or the reader is too slow for the stream),
-        UNAVAILABLE (loading, draining, or a worker died), DEADLINE_EXCEEDED.
+        ALREADY_EXISTS (request_id is in use), NOT_FOUND (no such slot), FAILED_PRECONDITION (chat messages
+        for a model that has no chat template; the slot is busy), RESOURCE_EXHAUSTED (the queue is full, or
+        the reader is too slow for the stream), UNAVAILABLE (loading, draining, or a worker died),
+        DEADLINE_EXCEEDED.
         """
 
     @_abc_1.abstractmethod
