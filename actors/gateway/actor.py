@@ -19,8 +19,10 @@ from numoe.cluster.status import ActorInfo
 from numoe.engine.errors import NumoeError, UnavailableError
 from numoe.engine.gguf import GgufFile
 from numoe.engine.models.config import ModelConfig
-from numoe.engine.requests import Event, GenerationRequest, WorkerStatus
+from numoe.engine.requests import Event, GenerationRequest, SlotReport, SnapshotInfo, WorkerStatus
 
+SLOT_OPERATIONS = 8
+"""At once, as each holds a thread of the worker's, which others need for requests and to end operations."""
 T = TypeVar("T")
 
 
@@ -29,6 +31,7 @@ class RayEngineClient:
 
     def __init__(self, worker: Any, supervisor: Any) -> None:
         self._worker, self._supervisor = worker, supervisor
+        self._slot_operations = asyncio.Semaphore(SLOT_OPERATIONS)
 
     async def submit(self, request: GenerationRequest) -> None:
         """Queue a request."""
@@ -37,6 +40,42 @@ class RayEngineClient:
     async def abort(self, request_id: str) -> None:
         """End a request."""
         await _call(self._worker.abort.remote(request_id))
+
+    async def save_slot(self, operation: str, slot: int, name: str, wait_until: float | None) -> SlotReport:
+        """Make a snapshot of a slot."""
+        return await self._operate(self._worker.save_slot, operation, slot, name, wait_until)
+
+    async def restore_slot(self, operation: str, slot: int, name: str, wait_until: float | None) -> SlotReport:
+        """Put a snapshot into a slot."""
+        return await self._operate(self._worker.restore_slot, operation, slot, name, wait_until)
+
+    async def cancel_slot_operation(self, operation: str) -> None:
+        """End a save or restore."""
+        await _call(self._worker.cancel_slot_operation.remote(operation))
+
+    async def erase_slot(self, slot: int, wait_until: float | None) -> SlotReport:
+        """Empty a slot."""
+        return await self._operate(self._worker.erase_slot, slot, wait_until)
+
+    async def fork_slot(self, slot: int, target: int, wait_until: float | None) -> SlotReport:
+        """Make two slots hold the same."""
+        return await self._operate(self._worker.fork_slot, slot, target, wait_until)
+
+    async def snapshots(self) -> tuple[SnapshotInfo, ...]:
+        """The store's snapshots."""
+        async with self._slot_operations:
+            found: tuple[SnapshotInfo, ...] = await _call(self._worker.snapshots.remote())
+        return found
+
+    async def remove_snapshot(self, name: str) -> None:
+        """Remove a snapshot."""
+        async with self._slot_operations:
+            await _call(self._worker.remove_snapshot.remote(name))
+
+    async def _operate(self, method: Any, *args: Any) -> SlotReport:
+        async with self._slot_operations:
+            report: SlotReport = await _call(method.remote(*args))
+        return report
 
     async def status(self) -> WorkerStatus:
         """What the worker is doing."""

@@ -5,24 +5,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 from typing import Any
 
 import grpc
 
-from numoe.actors.gateway.errors import BadRequestError, Violation, answers_errors
+from numoe.actors.gateway.errors import answers_errors
 from numoe.actors.gateway.interfaces import EngineClient, ServerContext
 from numoe.actors.gateway.lifecycle import Lifecycle
 from numoe.actors.gateway.model import model_message
+from numoe.actors.gateway.slots import slot_message
 from numoe.actors.gateway.streams import RequestStreams
+from numoe.actors.gateway.validation import Violations
 from numoe.cluster.status import ActorInfo
 from numoe.engine.errors import UnavailableError
-from numoe.engine.requests import WorkerStatus
+from numoe.engine.requests import CacheStatus, WorkerStatus
 from numoe.v1 import admin_pb2 as pb
 from numoe.v1 import admin_pb2_grpc
 
 DEFAULT_DRAIN_S = 30.0
-MAX_DRAIN_S = 86_400.0
 ENGINE_TIMEOUT_S = 5.0  # a hung worker must not hide the rest of the status
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -44,11 +44,6 @@ _ACTOR_STATES = {
     "restarting": pb.ACTOR_STATE_RESTARTING,
     "draining": pb.ACTOR_STATE_DRAINING,
     "dead": pb.ACTOR_STATE_DEAD,
-}
-_SLOT_STATES = {
-    "idle": pb.SLOT_STATE_IDLE,
-    "prefill": pb.SLOT_STATE_PREFILL,
-    "decode": pb.SLOT_STATE_DECODE,
 }
 
 
@@ -82,13 +77,10 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     @answers_errors
     async def Shutdown(self, request: pb.ShutdownRequest, context: Context) -> pb.ShutdownResponse:
         """Refuse new requests from now on, and have everything stopped."""
-        deadline_s = DEFAULT_DRAIN_S
+        deadline_s, violations = DEFAULT_DRAIN_S, Violations()
         if request.HasField("drain_deadline"):
-            deadline_s = request.drain_deadline.seconds + request.drain_deadline.nanos / 1e9
-        if not (math.isfinite(deadline_s) and 0 <= deadline_s <= MAX_DRAIN_S):
-            raise BadRequestError(
-                [Violation("drain_deadline", f"is {deadline_s:g} s, not from 0 to {MAX_DRAIN_S:g} s")]
-            )
+            deadline_s = violations.duration("drain_deadline", request.drain_deadline)
+        violations.raise_if_any()
         streams = len(self._streams)
         await self._lifecycle.set_draining()
         await self._engine.shutdown(deadline_s)
@@ -106,14 +98,26 @@ def _actor_message(actor: ActorInfo) -> pb.ActorStatus:
     )
 
 
+def _cache_message(cache: CacheStatus) -> pb.CacheStatus:
+    return pb.CacheStatus(
+        ram_bytes=cache.ram_bytes,
+        ram_limit_bytes=cache.ram_limit,
+        store_url=cache.store_url or None,
+        store_bytes=cache.store_bytes,
+        store_limit_bytes=cache.store_limit or None,
+        pending_chunks=cache.pending,
+        dropped_chunks=cache.dropped,
+        hits_pages=cache.hits_pages,
+        hits_ram=cache.hits_ram,
+        hits_store=cache.hits_store,
+        misses=cache.misses,
+        store_error=cache.store_error or None,
+    )
+
+
 def _add_worker(response: pb.GetStatusResponse, worker: WorkerStatus) -> None:
-    for slot in worker.slots:
-        response.slots.add(
-            slot=slot.slot,
-            state=_SLOT_STATES.get(slot.state, pb.SLOT_STATE_UNSPECIFIED),
-            request_id=slot.request_id or None,
-            tokens=slot.tokens,
-        )
+    response.slots.extend(map(slot_message, worker.slots))
+    response.cache.CopyFrom(_cache_message(worker.cache))
     response.queue.queued, response.queue.limit = worker.queued, worker.queue_limit
     response.kv.pages_used, response.kv.pages_total = worker.kv_pages_used, worker.kv_pages_total
     response.kv.pages_cached = worker.kv_pages_cached

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from numoe.cluster.status import ActorInfo
-from numoe.engine.requests import GenerationRequest, WorkerStatus
+from numoe.engine.requests import GenerationRequest, SlotReport, SnapshotInfo, WorkerStatus
 from numoe.engine.text import Tokenizer
 
 
@@ -28,6 +28,35 @@ class EngineClient(Protocol):
 
         It may overtake a `submit` that was cancelled, and must win then.
         """
+
+    async def save_slot(self, operation: str, slot: int, name: str, wait_until: float | None) -> SlotReport:
+        """Make or replace snapshot `name` of a slot.
+
+        operation: the request_id of the SlotProgress events that come through `RequestStreams.deliver`.
+        wait_until: `time.time()` until which to wait for a busy slot, None: not at all. Raises
+        NotFoundError for an unknown slot, PreconditionError for a busy or empty one, and what stores raise.
+        """
+
+    async def restore_slot(self, operation: str, slot: int, name: str, wait_until: float | None) -> SlotReport:
+        """Put snapshot `name` into a slot, as `save_slot`; after an error the slot is what it was.
+
+        Raises PreconditionError for a snapshot that does not fit, DataLossError for a damaged one.
+        """
+
+    async def cancel_slot_operation(self, operation: str) -> None:
+        """End a save or restore, which changes nothing then; as `abort`, it may overtake its begin."""
+
+    async def erase_slot(self, slot: int, wait_until: float | None) -> SlotReport:
+        """Empty a slot."""
+
+    async def fork_slot(self, slot: int, target: int, wait_until: float | None) -> SlotReport:
+        """Make `target` hold what a slot holds; the report is the target's."""
+
+    async def snapshots(self) -> Sequence[SnapshotInfo]:
+        """List the store's snapshots by name."""
+
+    async def remove_snapshot(self, name: str) -> None:
+        """Remove a snapshot; NotFoundError if there is none."""
 
     async def status(self) -> WorkerStatus:
         """Tell what the attention worker is doing."""

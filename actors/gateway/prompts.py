@@ -14,6 +14,7 @@ from numoe.actors.gateway.validation import (
     check_prompt,
     check_stopping,
     sampling_params,
+    slot_of,
 )
 from numoe.engine.errors import UnsupportedError
 from numoe.engine.requests import GenerationRequest
@@ -77,6 +78,7 @@ async def generation_request(
     check_stopping(stopping, context, violations)
     logprobs = check_logprobs(request, context.limits, violations)
     violations.at_most("cache.salt", len(request.cache.salt), MAX_SALT_BYTES, "bytes")
+    slot, slot_deadline = slot_of(request, violations)
     sampling = sampling_params(request.sampling, banned, context, violations)
     violations.raise_if_any()
 
@@ -96,6 +98,8 @@ async def generation_request(
         deadline=deadline,
         cache_salt=request.cache.salt,
         bypass_cache=request.cache.bypass,
+        slot=slot,
+        slot_deadline=slot_deadline,
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from numoe.actors.gateway.errors import DeadlineError, GenerationFailedError
-from numoe.engine.errors import NumoeError, UnavailableError
+from numoe.engine.errors import NumoeError, PreconditionError, UnavailableError
 from numoe.engine.requests import (
     Event,
     Finished,
@@ -141,7 +141,7 @@ class Replies:
                 if self._text.stop_string is not None:
                     yield from self._end_at_stop_string()
                     return
-            else:
+            elif isinstance(event, Finished):
                 yield from self._finish(event)
                 return
         yield from self._token_messages(*self._text.take())
@@ -183,6 +183,8 @@ class Replies:
             self.error = DeadlineError("the call's deadline passed; the request was given up")
         elif event.reason == "unavailable":
             self.error = UnavailableError(event.error)
+        elif event.reason == "slot_busy":
+            self.error = PreconditionError(event.error)
         elif event.reason == "error":
             self.error = GenerationFailedError(event.error or "the worker gave the request up")
         else:

@@ -18,6 +18,7 @@ from numoe.actors.gateway.lifecycle import Lifecycle, LifecycleState
 from numoe.actors.gateway.listen import ListenAddress, bind_error, parse_listen, require_free
 from numoe.actors.gateway.malformed import MalformedRequests
 from numoe.actors.gateway.model import ModelServicer
+from numoe.actors.gateway.slots import SlotServicer
 from numoe.actors.gateway.streams import RequestStreams
 from numoe.actors.gateway.tokenizer import TokenizerServicer
 from numoe.v1 import (
@@ -27,11 +28,16 @@ from numoe.v1 import (
     generation_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
+    slots_pb2,
+    slots_pb2_grpc,
     tokenizer_pb2,
     tokenizer_pb2_grpc,
 )
 
-GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+GATED = (
+    generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
+    slots_pb2.DESCRIPTOR.services_by_name["SlotService"].full_name,
+)
 OTHERS = (
     tokenizer_pb2.DESCRIPTOR.services_by_name["TokenizerService"].full_name,
     model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
@@ -110,17 +116,18 @@ def build_server(
     address = parse_listen(listen)
     require_free(address)
     server = grpc.aio.server(options=_options(context), interceptors=[MalformedRequests()])
-    lifecycle = Lifecycle((GENERATION,), OTHERS)
+    lifecycle = Lifecycle(GATED, OTHERS)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(
         GenerationServicer(context, engine, streams, lifecycle), server
     )
+    slots_pb2_grpc.add_SlotServiceServicer_to_server(SlotServicer(engine, streams, lifecycle), server)
     tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server(TokenizerServicer(context), server)
     model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(context), server)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(
         AdminServicer(context, engine, streams, lifecycle), server
     )
     health_pb2_grpc.add_HealthServicer_to_server(lifecycle.health, server)
-    reflection.enable_server_reflection((GENERATION, *OTHERS, HEALTH, reflection.SERVICE_NAME), server)
+    reflection.enable_server_reflection((*GATED, *OTHERS, HEALTH, reflection.SERVICE_NAME), server)
     try:
         if credentials is None:
             port = server.add_insecure_port(str(address))

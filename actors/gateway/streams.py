@@ -13,7 +13,9 @@ from contextlib import contextmanager
 
 from numoe.actors.gateway.errors import RequestIdInUseError, SlowReaderError
 from numoe.engine.errors import NumoeError, ResourceError, UnavailableError
-from numoe.engine.requests import Event, PrefillProgress
+from numoe.engine.requests import Event, PrefillProgress, SlotProgress
+
+_PROGRESS = (PrefillProgress, SlotProgress)
 
 
 class RequestStream:
@@ -35,11 +37,7 @@ class RequestStream:
         """Add an event for the reader."""
         if self._failure is not None:
             return
-        if (
-            isinstance(event, PrefillProgress)
-            and self._events
-            and isinstance(self._events[-1], PrefillProgress)
-        ):
+        if isinstance(event, _PROGRESS) and self._events and type(self._events[-1]) is type(event):
             self._events.pop()  # only the latest progress is of interest
         if len(self._events) >= self._backlog:
             self._events.clear()

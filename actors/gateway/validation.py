@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import re
 import secrets
+import time
 from collections.abc import Iterable
+
+from google.protobuf.duration_pb2 import Duration
 
 from numoe.actors.gateway.errors import BadRequestError, Violation
 from numoe.actors.gateway.interfaces import Limits, ServerContext
@@ -13,6 +16,7 @@ from numoe.engine.requests import SamplingParams
 from numoe.v1 import generation_pb2 as pb
 
 GREEDY_BELOW = 1e-4  # smaller temperatures would overflow float32 logits and choose the same token
+MAX_WAIT_S = 86_400.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -43,6 +47,13 @@ class Violations:
         """Note a count over its limit."""
         if count > limit:
             self.add(field, f"has {count} {unit}; at most {limit} are allowed")
+
+    def duration(self, field: str, value: Duration) -> float:
+        """Note a duration that is not from 0 to a day; returns its seconds."""
+        seconds = value.seconds + value.nanos / 1e9
+        if not 0 <= seconds <= MAX_WAIT_S:
+            self.add(field, f"is {seconds:g} s, not from 0 to {MAX_WAIT_S:g} s")
+        return seconds
 
     def raise_if_any(self) -> None:
         """Raise BadRequestError if something was noted."""
@@ -117,6 +128,17 @@ def check_logprobs(request: pb.GenerateRequest, limits: Limits, violations: Viol
         return None
     violations.at_most("logprobs", request.logprobs, limits.max_logprobs, "alternatives")
     return request.logprobs
+
+
+def slot_of(request: pb.GenerateRequest, violations: Violations) -> tuple[int | None, float | None]:
+    """The slot that a request names, and `time.time()` until which it waits for it."""
+    if not request.HasField("slot_id"):
+        if request.HasField("slot_wait"):
+            violations.add("slot_wait", "is given without slot_id")
+        return None, None
+    if not request.HasField("slot_wait"):
+        return request.slot_id, None
+    return request.slot_id, time.time() + violations.duration("slot_wait", request.slot_wait)
 
 
 def sampling_params(

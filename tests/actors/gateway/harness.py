@@ -23,6 +23,7 @@ from numoe.actors.gateway import (
 )
 from numoe.engine.errors import InputError
 from numoe.engine.requests import (
+    CacheStatus,
     Event,
     Finished,
     FinishReason,
@@ -35,8 +36,9 @@ from numoe.engine.requests import (
     TokenLogprob,
     WorkerStatus,
 )
-from numoe.v1 import admin_pb2_grpc, generation_pb2_grpc, model_pb2_grpc, tokenizer_pb2_grpc
+from numoe.v1 import admin_pb2_grpc, generation_pb2_grpc, model_pb2_grpc, slots_pb2_grpc, tokenizer_pb2_grpc
 from numoe.v1 import generation_pb2 as pb
+from tests.actors.gateway.scripted_slots import ScriptedSlots
 
 BOS, EOG, CONTROL = 256, 257, 258
 VOCAB_SIZE = 300
@@ -85,13 +87,12 @@ class PlainTemplate:
 
 
 @dataclass
-class ScriptedEngine:
+class ScriptedEngine(ScriptedSlots):
     """Answers every request with the same tokens, one step at a time.
 
     reason: how it finishes; None: not until it is aborted. submit_error: what submit raises.
     """
 
-    streams: RequestStreams
     tokens: Sequence[int] = tuple(b"hello")
     reason: FinishReason | None = "stop"
     error: str = ""
@@ -124,8 +125,12 @@ class ScriptedEngine:
             raise self.status_error
         slots = (
             SlotStatus(slot=0, state="decode", request_id="a", tokens=7),
-            SlotStatus(slot=1, state="idle"),
+            SlotStatus(slot=1, state="idle", tokens=600, computed=599, cached=512, snapshot="chat", last_used=1e9),
         )
+        cache = CacheStatus(
+            ram_bytes=3_000_000, ram_limit=1 << 30, store_url="s3://bucket/prefix", store_bytes=2_500_000_000,
+            pending=2, hits_pages=5, hits_ram=4, hits_store=3, misses=2, store_error="it is full",
+        )  # fmt: skip
         return WorkerStatus(
             slots=slots,
             queued=2,
@@ -135,6 +140,7 @@ class ScriptedEngine:
             kv_pages_total=10,
             steps=5,
             step_ms={"total": 2.5, "experts": 1.5},
+            cache=cache,
         )
 
     async def actors(self) -> list[ActorInfo]:
@@ -188,6 +194,7 @@ class Gateway:
         self.tokenizer = tokenizer_pb2_grpc.TokenizerServiceStub(self.channel)
         self.models = model_pb2_grpc.ModelServiceStub(self.channel)
         self.admin = admin_pb2_grpc.AdminServiceStub(self.channel)
+        self.slots = slots_pb2_grpc.SlotServiceStub(self.channel)
         self.health = health_pb2_grpc.HealthStub(self.channel)
 
     async def generate(self, **fields: Any) -> "Stream":
