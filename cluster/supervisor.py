@@ -21,6 +21,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from numoe.cluster.endpoint import Endpoint
 from numoe.cluster.plan import Plan
 from numoe.cluster.status import ActorInfo, ActorRole, ActorState, LoadProgress
 from numoe.engine import shm
@@ -77,8 +78,8 @@ class _Outcome:
 class Supervisor:
     """Ray actor, threaded. `launch` brings everything up; `wait` returns when it is down again."""
 
-    def __init__(self, instance: str, plan: Plan, classes: ActorClasses, listen: str | None) -> None:
-        self._plan, self._classes, self._listen, self._instance = plan, classes, listen, instance
+    def __init__(self, instance: str, plan: Plan, classes: ActorClasses, endpoint: Endpoint | None) -> None:
+        self._plan, self._classes, self._endpoint, self._instance = plan, classes, endpoint, instance
         self._folder = shm.create_folder(instance)
         self._members: list[_Member] = []
         self._group: PlacementGroup | None = None
@@ -99,7 +100,7 @@ class Supervisor:
             _get(worker.handle.create_mailbox.remote())
             _get([member.handle.initialize.remote() for member in [worker, *shards]])
             _get(worker.handle.attach_experts.remote())
-            if self._listen is not None:
+            if self._endpoint is not None:
                 gateway = self._member("gateway")
                 supervisor = ray.get_runtime_context().current_actor
                 self.address = _get(gateway.handle.initialize.remote(worker.handle, supervisor))
@@ -128,8 +129,8 @@ class Supervisor:
                 f"{' and a free GPU' if plan.gpu else ''} for this model: stop what else runs there, or lower --threads"
             )
         folder, members = str(self._folder), self._members
-        if self._listen is not None:
-            gateway = self._spawn(self._classes.gateway, 0, 64, plan, self._listen)
+        if self._endpoint is not None:
+            gateway = self._spawn(self._classes.gateway, 0, 64, plan, self._endpoint)
             members.append(_Member("gateway", "gateway", gateway))
         members.append(_Member("attention", "attention", self._spawn(self._classes.attention, 1, 32, plan, folder)))
         for shard in plan.shards:

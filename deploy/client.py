@@ -6,13 +6,15 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read at import; its log lines would mix with ours
 
 import grpc
 
-from numoe.engine.errors import InputError, NotFoundError, NumoeError, ResourceError, UnavailableError
+from numoe.deploy.credentials import Credentials
+from numoe.deploy.diagnosis import why_unreachable
+from numoe.engine.errors import AccessError, InputError, NotFoundError, NumoeError, ResourceError, UnavailableError
 from numoe.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -26,16 +28,17 @@ from numoe.v1 import (
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 CALL_TIMEOUT_S = 15.0
 POLL_S = 0.1
+NO_CREDENTIALS = Credentials()
 
 Result = TypeVar("Result")
 
-_OPTIONS = (
+_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.min_reconnect_backoff_ms", 5000),  # also how long a first connection may take
     ("grpc.enable_http_proxy", 0),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-)
+]
 
 
 def default_address() -> str:
@@ -44,16 +47,16 @@ def default_address() -> str:
 
 
 class Client:
-    """A connection to the server at `address` (HOST:PORT or unix:PATH).
+    """A connection to the server at `address` (HOST:PORT or unix:PATH), with `credentials` for it.
 
     Methods raise NumoeError with a message for the user. The stubs of all services are attributes;
     they raise grpc.RpcError, which `explained` turns into a NumoeError.
     """
 
-    def __init__(self, address: str | None = None) -> None:
-        self.address = address or default_address()
+    def __init__(self, address: str | None = None, credentials: Credentials = NO_CREDENTIALS) -> None:
+        self.address, self._credentials = address or default_address(), credentials
         check_address(self.address)
-        self._channel = grpc.insecure_channel(self.address, options=_OPTIONS)
+        self._channel = credentials.channel(self.address, _OPTIONS)
         self.generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self.tokenizer = tokenizer_pb2_grpc.TokenizerServiceStub(self._channel)
         self.models = model_pb2_grpc.ModelServiceStub(self._channel)
@@ -82,7 +85,7 @@ class Client:
         try:
             yield from call
         except grpc.RpcError as error:
-            raise explained(error, self.address) from error
+            raise explained(error, self.address, self._credentials) from error
         finally:
             call.cancel()  # type: ignore[no-untyped-call]
 
@@ -117,7 +120,7 @@ class Client:
         try:
             return call()
         except grpc.RpcError as error:
-            raise explained(error, self.address) from error
+            raise explained(error, self.address, self._credentials) from error
 
 
 def check_address(address: str) -> None:
@@ -129,20 +132,19 @@ def check_address(address: str) -> None:
         raise InputError(f"{address!r} is no server address: give HOST:PORT, such as {DEFAULT_ADDRESS}")
 
 
-def explained(error: grpc.RpcError, address: str) -> NumoeError:
+def explained(error: grpc.RpcError, address: str, credentials: Credentials = NO_CREDENTIALS) -> NumoeError:
     """Turn a failed call into the NumoeError that tells the user what to do."""
     code, details = error.code(), " ".join(str(error.details() or "").split())
     if code is grpc.StatusCode.UNAVAILABLE and not _from_numoe(error):
-        return UnavailableError(
-            f"no numoe server answers at {address}: start one with `numoe serve MODEL.gguf`, "
-            f"or name another with --address or NUMOE_ADDRESS"
-        )
+        return why_unreachable(address, credentials)
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return InputError(f"the server at {address} is no numoe server, or an older one: {details}")
     if code is grpc.StatusCode.UNAVAILABLE:
         return UnavailableError(details)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return UnavailableError(details if _from_numoe(error) else f"{address} did not answer in time")
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        return AccessError(details)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return ResourceError(details)
     if code is grpc.StatusCode.NOT_FOUND:

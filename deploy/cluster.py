@@ -22,6 +22,7 @@ from ray.exceptions import RayError
 from numoe.actors.attention import AttentionActor
 from numoe.actors.expert import ExpertActor
 from numoe.actors.gateway.actor import GatewayActor
+from numoe.cluster.endpoint import Endpoint
 from numoe.cluster.plan import Plan
 from numoe.cluster.status import LoadProgress
 from numoe.cluster.supervisor import NAMESPACE, ActorClasses, Supervisor
@@ -130,12 +131,12 @@ def _running_cluster() -> str:
 class Server:
     """The actors of one server, seen from the process that launched them."""
 
-    def __init__(self, plan: Plan, listen: str | None) -> None:
+    def __init__(self, plan: Plan, endpoint: Endpoint | None) -> None:
         self.plan = plan
         self._instance = f"{int(time.time()):x}-{secrets.token_hex(3)}"
         classes = ActorClasses(gateway=GatewayActor, attention=AttentionActor, expert=ExpertActor)
         options = {"name": f"supervisor-{self._instance}", "lifetime": "detached", "num_cpus": 0, "max_concurrency": 16}
-        self.supervisor: Any = ray.remote(Supervisor).options(**options).remote(self._instance, plan, classes, listen)
+        self.supervisor: Any = ray.remote(Supervisor).options(**options).remote(self._instance, plan, classes, endpoint)
         self._launched = self.supervisor.launch.remote()
         StopSignals.last_words.append(self._remove_memory)
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from numoe.actors.gateway.actor import server_context
-from numoe.actors.gateway.listen import parse_listen, require_free
+from numoe.actors.gateway.server import check_endpoint
+from numoe.cluster.endpoint import Endpoint
 from numoe.cluster.plan import Plan, PlanOptions, check_memory, make_plan
 from numoe.cluster.status import LoadProgress
 from numoe.cluster.topology import Topology
@@ -53,20 +54,20 @@ def plan_model(path: str | Path, options: PlanOptions) -> tuple[Plan, KernelBuil
 
 
 @contextmanager
-def running_server(path: str | Path, options: PlanOptions, listen: str | None) -> Iterator[Server]:
-    """A server that is up inside the block and gone after it; without `listen`, one without a gateway."""
-    if listen is not None:
-        require_free(parse_listen(listen))
+def running_server(path: str | Path, options: PlanOptions, endpoint: Endpoint | None) -> Iterator[Server]:
+    """A server that is up inside the block and gone after it; without an endpoint, one without a gateway."""
+    if endpoint is not None:
+        check_endpoint(endpoint)
     plan, build = plan_model(path, options)
     server = None
     try:
-        if listen is not None:
+        if endpoint is not None:
             server_context(plan)  # a tokenizer or template that is broken ends it here
         started_here = True
         try:
             started_here = start_ray()
             _show_compiling(build)
-            server = Server(plan, listen)
+            server = Server(plan, endpoint)
             _show_loading(server)
             yield server
         finally:

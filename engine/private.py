@@ -25,6 +25,14 @@ class Stamp(NamedTuple):
         """The stamp of a file that `os.stat` has seen."""
         return cls(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
+    @classmethod
+    def at(cls, path: Path) -> Stamp | None:
+        """The stamp of the file at a path, None if there is none to be seen."""
+        try:
+            return cls.of(path.stat())
+        except OSError:
+            return None
+
 
 def make_private_folder(path: Path) -> None:
     """Make a folder that only this user may enter, or take the one that is there.

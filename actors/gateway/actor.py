@@ -14,6 +14,7 @@ from numoe.actors.gateway.order import PushOrder
 from numoe.actors.gateway.server import GatewayServer, build_server
 from numoe.actors.gateway.streams import RequestStreams
 from numoe.actors.identity import Identity, identity
+from numoe.cluster.endpoint import Endpoint
 from numoe.cluster.plan import Plan
 from numoe.cluster.status import ActorInfo
 from numoe.engine.errors import NumoeError, UnavailableError
@@ -107,8 +108,8 @@ async def _call(reference: Awaitable[T]) -> T:
 class GatewayActor:
     """Ray actor, asyncio. `initialize` binds the port, `serve` opens it, `stop` closes it."""
 
-    def __init__(self, plan: Plan, listen: str) -> None:
-        self._plan, self._listen = plan, listen
+    def __init__(self, plan: Plan, endpoint: Endpoint) -> None:
+        self._plan, self._endpoint = plan, endpoint
         self._server: GatewayServer | None = None
         self._order = PushOrder()
         limits = Limits()
@@ -122,7 +123,7 @@ class GatewayActor:
         """Read the tokenizer and bind the port; the address."""
         context = await asyncio.to_thread(server_context, self._plan)
         client = RayEngineClient(worker, supervisor)
-        self._server = build_server(context, client, self._streams, self._listen)
+        self._server = build_server(context, client, self._streams, self._endpoint)
         await self._server.start()
         return self._server.address
 
@@ -180,4 +181,5 @@ def server_context(plan: Plan) -> ServerContext:
             model=model,
             version=importlib.metadata.version("numoe"),
             chat_template=ChatTemplate.from_metadata(metadata),
+            limits=Limits.for_context(plan.context),
         )

@@ -53,6 +53,10 @@ class BadRequestError(InputError):
         super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations[:MAX_VIOLATIONS]))
 
 
+class UnauthenticatedError(NumoeError):
+    """A caller without a token that this server accepts."""
+
+
 class RequestIdInUseError(InputError):
     """Another running request has this request_id."""
 
@@ -79,6 +83,7 @@ class _Rule(NamedTuple):
 # The first rule that fits counts: children stand before their parents.
 _RULES = (
     _Rule(BadRequestError, code_pb2.INVALID_ARGUMENT, "BAD_REQUEST", None),
+    _Rule(UnauthenticatedError, code_pb2.UNAUTHENTICATED, "UNAUTHENTICATED", None),
     _Rule(RequestIdInUseError, code_pb2.ALREADY_EXISTS, "REQUEST_ID_IN_USE", None),
     _Rule(SlowReaderError, code_pb2.RESOURCE_EXHAUSTED, "SLOW_READER", None),
     _Rule(DeadlineError, code_pb2.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", None),

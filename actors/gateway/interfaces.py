@@ -106,14 +106,21 @@ class ModelInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Bounds on what one client can make the gateway hold.
+    """Bounds on what clients can make the gateway hold; the protobuf files tell them.
 
-    stream_backlog: events that wait for a slow reader before its request is ended.
+    max_calls: of all connections together. stream_backlog: events that wait for a slow reader before its
+    request is ended.
     """
 
     max_message_bytes: int = 32 << 20
+    max_connections: int = 1024
+    max_calls: int = 2048
+    max_metadata_bytes: int = 16 << 10
     max_prompt_bytes: int = 16 << 20
     max_messages: int = 10_000
+    max_token_ids: int = 1 << 20
+    max_name_bytes: int = 1024
+    max_salt_bytes: int = 256
     max_stop_strings: int = 64
     max_stop_string_bytes: int = 1024
     max_stop_ids: int = 1024
@@ -122,6 +129,12 @@ class Limits:
     max_streams: int = 1024
     stream_backlog: int = 8192
 
+
+    @classmethod
+    def for_context(cls, tokens: int) -> Limits:
+        """Bounds for requests that may hold so many tokens: 64 bytes for each, 1 MiB to 16 MiB together."""
+        prompt = min(max(64 * tokens, 1 << 20), 16 << 20)
+        return cls(max_message_bytes=2 * prompt, max_prompt_bytes=prompt, max_token_ids=max(tokens, 1 << 16))
 
 @dataclass(frozen=True, kw_only=True)
 class ServerContext:

@@ -1,4 +1,4 @@
-"""Listen addresses: HOST:PORT, [IPV6]:PORT or unix:PATH."""
+"""Listen addresses: HOST:PORT, [IPV6]:PORT or unix:PATH, and what they need to be listened on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
+from numoe.cluster.endpoint import Endpoint, is_loopback
 from numoe.engine.errors import InputError, ResourceError
 
 
@@ -40,6 +41,18 @@ def parse_listen(text: str) -> ListenAddress:
     if int(port) > 65535:
         raise InputError(f"{text!r}: a port is a number from 0 to 65535")
     return ListenAddress(host=bare, port=int(port))
+
+
+def require_protected(endpoint: Endpoint) -> None:
+    """Raise InputError for an address that others than this host's users reach, unless it is protected."""
+    address = parse_listen(endpoint.listen)
+    if endpoint.insecure or endpoint.is_protected or address.path or is_loopback(address.host):
+        return
+    raise InputError(
+        f"{address} can be reached from other hosts: give --tls-cert, --tls-key and --token-file (or --tls-client-ca), "
+        f"listen on 127.0.0.1 and let `ssh -L {address.port}:127.0.0.1:{address.port}` reach it, "
+        "or, where everybody on the network may use and stop the server, say --insecure-listen"
+    )
 
 
 def require_free(address: ListenAddress) -> None:

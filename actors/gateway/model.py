@@ -9,6 +9,7 @@ import grpc
 
 from numoe.actors.gateway.errors import answers_errors
 from numoe.actors.gateway.interfaces import ServerContext
+from numoe.actors.gateway.validation import Violations
 from numoe.engine.errors import NotFoundError
 from numoe.v1 import model_pb2 as pb
 from numoe.v1 import model_pb2_grpc
@@ -20,11 +21,14 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     """Describes the one model of this server."""
 
     def __init__(self, context: ServerContext) -> None:
-        self._model = model_message(context)
+        self._model, self._limits = model_message(context), context.limits
 
     @answers_errors
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         """Find a model by its name, or the one there is."""
+        violations = Violations()
+        violations.at_most("name", len(request.name.encode()), self._limits.max_name_bytes, "bytes")
+        violations.raise_if_any()
         if request.HasField("name") and request.name != self._model.name:
             raise NotFoundError(f"no model {request.name!r} is served here, only {self._model.name!r}")
         return pb.GetModelResponse(model=self._model)

@@ -21,7 +21,6 @@ from numoe.engine.requests import GenerationRequest
 from numoe.v1 import chat_pb2
 from numoe.v1 import generation_pb2 as pb
 
-MAX_SALT_BYTES = 256
 INLINE_BYTES = 16 << 10  # texts up to this take under a millisecond or so: not worth a thread
 
 Params = ParamSpec("Params")
@@ -72,13 +71,13 @@ async def generation_request(
     """
     violations = Violations()
     stopping, eog_ids = request.stopping, context.tokenizer.eog_ids
-    asked = frozenset(stopping.token_ids)
-    banned = eog_ids - asked if stopping.ignore_eos else frozenset[int]()
     check_prompt(request, context, violations)
     check_stopping(stopping, context, violations)
     logprobs = check_logprobs(request, context.limits, violations)
-    violations.at_most("cache.salt", len(request.cache.salt), MAX_SALT_BYTES, "bytes")
+    violations.at_most("cache.salt", len(request.cache.salt), context.limits.max_salt_bytes, "bytes")
     slot, slot_deadline = slot_of(request, violations)
+    asked = frozenset(stopping.token_ids[: context.limits.max_stop_ids])
+    banned = eog_ids - asked if stopping.ignore_eos else frozenset[int]()
     sampling = sampling_params(request.sampling, banned, context, violations)
     violations.raise_if_any()
 

@@ -13,14 +13,17 @@ from grpc_reflection.v1alpha import reflection
 
 from numoe.actors.gateway.admin import AdminServicer
 from numoe.actors.gateway.generation import GenerationServicer
-from numoe.actors.gateway.interfaces import EngineClient, ServerContext
+from numoe.actors.gateway.interfaces import EngineClient, Limits, ServerContext
 from numoe.actors.gateway.lifecycle import Lifecycle, LifecycleState
-from numoe.actors.gateway.listen import ListenAddress, bind_error, parse_listen, require_free
+from numoe.actors.gateway.listen import ListenAddress, bind_error, parse_listen, require_free, require_protected
 from numoe.actors.gateway.malformed import MalformedRequests
 from numoe.actors.gateway.model import ModelServicer
 from numoe.actors.gateway.slots import SlotServicer
 from numoe.actors.gateway.streams import RequestStreams
+from numoe.actors.gateway.tls import CertificateFiles, certificate_files
 from numoe.actors.gateway.tokenizer import TokenizerServicer
+from numoe.actors.gateway.tokens import TokenFile, TokenRequired
+from numoe.cluster.endpoint import Endpoint
 from numoe.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -105,17 +108,19 @@ def build_server(
     context: ServerContext,
     engine: EngineClient,
     streams: RequestStreams,
-    listen: str,
-    credentials: grpc.ServerCredentials | None = None,
+    endpoint: Endpoint,
 ) -> GatewayServer:
-    """Bind a server to `listen` (HOST:PORT, port 0 for any, or unix:PATH); `start` makes it answer.
+    """Bind a server to an endpoint, port 0 for any free one; `start` makes it answer.
 
     Call it in the event loop that will run it. Raises InputError for a bad address and
-    ResourceError for one in use.
+    ResourceError for one in use, AccessError for a token or key file that others may read.
     """
-    address = parse_listen(listen)
-    require_free(address)
-    server = grpc.aio.server(options=_options(context), interceptors=[MalformedRequests()])
+    address, certificate, tokens = check_endpoint(endpoint)
+    server = grpc.aio.server(
+        options=_options(context.limits),
+        interceptors=[*([TokenRequired(tokens)] if tokens else []), MalformedRequests()],
+        maximum_concurrent_rpcs=context.limits.max_calls,
+    )
     lifecycle = Lifecycle(GATED, OTHERS)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(
         GenerationServicer(context, engine, streams, lifecycle), server
@@ -129,20 +134,36 @@ def build_server(
     health_pb2_grpc.add_HealthServicer_to_server(lifecycle.health, server)
     reflection.enable_server_reflection((*GATED, *OTHERS, HEALTH, reflection.SERVICE_NAME), server)
     try:
-        if credentials is None:
+        if certificate is None:
             port = server.add_insecure_port(str(address))
         else:
-            port = server.add_secure_port(str(address), credentials)
+            port = server.add_secure_port(str(address), certificate.credentials())
     except RuntimeError as error:
         raise bind_error(address, error) from error
     bound = address if address.path else address._replace(port=port)
     return GatewayServer(server, bound, lifecycle, streams)
 
 
-def _options(context: ServerContext) -> list[tuple[str, int]]:
+def check_endpoint(endpoint: Endpoint) -> tuple[ListenAddress, CertificateFiles | None, TokenFile | None]:
+    """Its address, certificate and tokens. Raises NumoeError for what will not do."""
+    address = parse_listen(endpoint.listen)
+    require_protected(endpoint)
+    certificate = certificate_files(endpoint)
+    tokens = None if endpoint.token_file is None else TokenFile(endpoint.token_file)
+    require_free(address)
+    return address, certificate, tokens
+
+
+def _options(limits: Limits) -> list[tuple[str, int]]:
     return [
         ("grpc.so_reuseport", 0),  # else a second server on the same port would silently share it
-        ("grpc.max_receive_message_length", context.limits.max_message_bytes),
+        ("grpc.max_receive_message_length", limits.max_message_bytes),
+        ("grpc.max_metadata_size", limits.max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", limits.max_metadata_bytes),
+        ("grpc.max_concurrent_streams", limits.max_calls),
+        ("grpc.max_allowed_incoming_connections", limits.max_connections),
+        ("grpc.server_handshake_timeout_ms", 20_000),
+        ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a small message could become a huge one
         # A caller who vanished without closing his connection is noticed within a minute.
         ("grpc.keepalive_time_ms", 40_000),
         ("grpc.keepalive_timeout_ms", 20_000),

@@ -10,7 +10,7 @@ import grpc
 from numoe.actors.gateway.errors import answers_errors
 from numoe.actors.gateway.interfaces import ServerContext
 from numoe.actors.gateway.prompts import off_loop, render_chat
-from numoe.actors.gateway.validation import Violations, check_messages
+from numoe.actors.gateway.validation import Violations, check_messages, check_token_ids
 from numoe.v1 import tokenizer_pb2 as pb
 from numoe.v1 import tokenizer_pb2_grpc
 
@@ -42,7 +42,7 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         """Token ids to text."""
         violations = Violations()
-        violations.token_ids("token_ids", request.token_ids, self._context.model.vocab_size)
+        check_token_ids("token_ids", request.token_ids, self._context, violations)
         violations.raise_if_any()
         ids = list(request.token_ids)
         return pb.DetokenizeResponse(text=await off_loop(len(ids), self._context.tokenizer.decode, ids))

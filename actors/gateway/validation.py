@@ -6,13 +6,14 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from google.protobuf.duration_pb2 import Duration
 
-from numoe.actors.gateway.errors import BadRequestError, Violation
+from numoe.actors.gateway.errors import MAX_VIOLATIONS, BadRequestError, Violation
 from numoe.actors.gateway.interfaces import Limits, ServerContext
 from numoe.engine.requests import SamplingParams
+from numoe.v1 import chat_pb2
 from numoe.v1 import generation_pb2 as pb
 
 GREEDY_BELOW = 1e-4  # smaller temperatures would overflow float32 logits and choose the same token
@@ -27,8 +28,9 @@ class Violations:
         self._found: list[Violation] = []
 
     def add(self, field: str, description: str) -> None:
-        """Note that `field` is wrong."""
-        self._found.append(Violation(field, description))
+        """Note that `field` is wrong; one may note any number, but the first few are kept."""
+        if len(self._found) < MAX_VIOLATIONS:
+            self._found.append(Violation(field, description))
 
     def number(self, field: str, value: float, low: float, high: float) -> float:
         """Note a value that is not a finite number in [low, high]; returns it."""
@@ -43,10 +45,11 @@ class Violations:
                 self.add(f"{field}[{index}]", f"{token_id} is no token id: the vocabulary has {vocab_size}")
                 return
 
-    def at_most(self, field: str, count: int, limit: int, unit: str) -> None:
-        """Note a count over its limit."""
+    def at_most(self, field: str, count: int, limit: int, unit: str) -> bool:
+        """Note a count over its limit; whether it is within: what is not may take too long to look at."""
         if count > limit:
             self.add(field, f"has {count} {unit}; at most {limit} are allowed")
+        return count <= limit
 
     def duration(self, field: str, value: Duration) -> float:
         """Note a duration that is not from 0 to a day; returns its seconds."""
@@ -87,22 +90,30 @@ def check_prompt(request: pb.GenerateRequest, context: ServerContext, violations
     elif kind == "token_ids":
         if not request.token_ids.ids:
             violations.add("token_ids.ids", "is empty: give a prompt of at least one token")
-        violations.token_ids("token_ids.ids", request.token_ids.ids, context.model.vocab_size)
+        check_token_ids("token_ids.ids", request.token_ids.ids, context, violations)
     else:
         check_messages("chat.messages", request.chat.messages, context.limits, violations)
 
 
-def check_messages(field: str, messages: Iterable[object], limits: Limits, violations: Violations) -> None:
-    """Check the messages of a conversation; each has `role` and `content`."""
-    count = size = 0
-    for index, message in enumerate(messages):
-        role, content = message.role, message.content  # type: ignore[attr-defined]
-        if not role:
-            violations.add(f"{field}[{index}].role", 'is empty: give "system", "user" or "assistant"')
-        count, size = count + 1, size + len(role.encode()) + len(content.encode())
-    if not count:
+def check_token_ids(field: str, ids: Sequence[int], context: ServerContext, violations: Violations) -> None:
+    """Check token ids that stand for a text."""
+    if violations.at_most(field, len(ids), context.limits.max_token_ids, "ids"):
+        violations.token_ids(field, ids, context.model.vocab_size)
+
+
+def check_messages(
+    field: str, messages: Sequence[chat_pb2.ChatMessage], limits: Limits, violations: Violations
+) -> None:
+    """Check the messages of a conversation."""
+    if not messages:
         violations.add(field, "is empty: give at least one message")
-    violations.at_most(field, count, limits.max_messages, "messages")
+    if not violations.at_most(field, len(messages), limits.max_messages, "messages"):
+        return
+    size = 0
+    for index, message in enumerate(messages):
+        if not message.role:
+            violations.add(f"{field}[{index}].role", 'is empty: give "system", "user" or "assistant"')
+        size += len(message.role.encode()) + len(message.content.encode())
     violations.at_most(field, size, limits.max_prompt_bytes, "bytes")
 
 
@@ -111,15 +122,15 @@ def check_stopping(stopping: pb.StopOptions, context: ServerContext, violations:
     limits = context.limits
     if stopping.HasField("max_tokens") and stopping.max_tokens == 0:
         violations.add("stopping.max_tokens", "is 0; at least 1 token is generated")
-    violations.at_most("stopping.strings", len(stopping.strings), limits.max_stop_strings, "strings")
-    for index, stop in enumerate(stopping.strings):
-        if not stop:
-            violations.add(f"stopping.strings[{index}]", "is empty: it would stop every generation at once")
-        violations.at_most(
-            f"stopping.strings[{index}]", len(stop.encode()), limits.max_stop_string_bytes, "bytes"
-        )
-    violations.at_most("stopping.token_ids", len(stopping.token_ids), limits.max_stop_ids, "ids")
-    violations.token_ids("stopping.token_ids", stopping.token_ids, context.model.vocab_size)
+    if violations.at_most("stopping.strings", len(stopping.strings), limits.max_stop_strings, "strings"):
+        for index, stop in enumerate(stopping.strings):
+            if not stop:
+                violations.add(f"stopping.strings[{index}]", "is empty: it would stop every generation at once")
+            violations.at_most(
+                f"stopping.strings[{index}]", len(stop.encode()), limits.max_stop_string_bytes, "bytes"
+            )
+    if violations.at_most("stopping.token_ids", len(stopping.token_ids), limits.max_stop_ids, "ids"):
+        violations.token_ids("stopping.token_ids", stopping.token_ids, context.model.vocab_size)
 
 
 def check_logprobs(request: pb.GenerateRequest, limits: Limits, violations: Violations) -> int | None:
@@ -178,8 +189,10 @@ def sampling_params(
 def _logit_bias(
     options: pb.SamplingOptions, banned_ids: Iterable[int], context: ServerContext, violations: Violations
 ) -> tuple[tuple[int, float], ...]:
+    limit = context.limits.max_logit_bias
+    if not violations.at_most("sampling.logit_bias", len(options.logit_bias), limit, "tokens"):
+        return ()
     bias = dict(options.logit_bias)
-    violations.at_most("sampling.logit_bias", len(bias), context.limits.max_logit_bias, "tokens")
     violations.token_ids("sampling.logit_bias", sorted(bias), context.model.vocab_size)
     for token_id, value in bias.items():
         if math.isnan(value) or value == math.inf:

@@ -48,11 +48,12 @@ def demo(
     with one_line_errors(), StopSignals():
         if max_tokens < 1:
             raise InputError(f"--max-tokens {max_tokens} is not possible: give at least 1")
+        from numoe.cluster.endpoint import ANY_PORT
         from numoe.deploy.launch import running_server
 
         start = time.monotonic()
         options = Placement(shards=shards).plan_options(context=_CONTEXT, slots=1)
-        with running_server(_model(), options, "127.0.0.1:0") as server, Client(server.address) as client:
+        with running_server(_model(), options, ANY_PORT) as server, Client(server.address) as client:
             _console.print(f"ready after {time.monotonic() - start:.1f} s", style="dim", highlight=False)
             if prompt is None:
                 _chat(client, max_tokens)

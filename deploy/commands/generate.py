@@ -12,7 +12,8 @@ from cyclopts import Parameter
 
 from numoe.deploy.answers import Answer, read_answer
 from numoe.deploy.client import Client
-from numoe.deploy.console import INTERRUPTED, Address, one_line_errors
+from numoe.deploy.commands.security import DEFAULT, Connection
+from numoe.deploy.console import INTERRUPTED, one_line_errors
 from numoe.engine.errors import InputError, NumoeError
 from numoe.v1 import chat_pb2
 from numoe.v1 import generation_pb2 as pb
@@ -22,7 +23,7 @@ def generate(
     prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
     /,
     *,
-    address: Address = None,
+    connection: Connection = DEFAULT,
     max_tokens: int | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
@@ -48,8 +49,6 @@ def generate(
     ----------
     prompt
         What to continue; "-" reads standard input.
-    address
-        The server, HOST:PORT or unix:PATH; 127.0.0.1:50051 if not given.
     max_tokens
         Tokens to generate at most; as many as the context holds if not given.
     temperature
@@ -86,6 +85,8 @@ def generate(
         Print one JSON object at the end, times in milliseconds, instead of the text.
     timeout
         Give up after this many seconds.
+    connection
+        How the server is reached.
 
     """
     with one_line_errors():
@@ -107,7 +108,7 @@ def generate(
             cache=pb.CacheOptions(salt=cache_salt.encode(), bypass=no_cache),
         )
         _set_prompt(request, prompt, system, chat=chat)
-        with Client(address) as client:
+        with connection.client() as client:
             return _run(client, request, timeout, json_output=json_output)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from numoe.deploy.client import DEFAULT_ADDRESS
 from numoe.deploy.commands.placement import ANYWHERE, Placement
+from numoe.deploy.commands.security import LOOPBACK, Listening
 from numoe.deploy.console import one_line_errors
 from numoe.deploy.signals import StopSignals
 from numoe.engine.errors import UnavailableError
 
 if TYPE_CHECKING:
+    from numoe.cluster.endpoint import Endpoint
     from numoe.cluster.plan import PlanOptions
 
 DRAIN_S = 30.0
@@ -21,12 +22,12 @@ def serve(
     model: str,
     /,
     *,
-    listen: str = DEFAULT_ADDRESS,
     ctx_size: int | None = None,
     parallel: int | None = None,
     chunk: int | None = None,
     queue: int | None = None,
     placement: Placement = ANYWHERE,
+    listening: Listening = LOOPBACK,
 ) -> int:
     """Serve a GGUF model over gRPC until Ctrl-C, SIGTERM or `numoe stop`.
 
@@ -34,8 +35,6 @@ def serve(
     ----------
     model
         The GGUF file; of a split model, any part.
-    listen
-        HOST:PORT, or unix:PATH.
     ctx_size
         Tokens that one request may hold, prompt and answer together; if not given, what the model
         was trained for, but at most 8192.
@@ -47,23 +46,27 @@ def serve(
         Requests that may wait for a slot; 64 if not given.
     placement
         Where the model runs.
+    listening
+        Where the server listens, and whom it answers.
 
     """
     with one_line_errors(), StopSignals() as signals:
         try:
             options = placement.plan_options(context=ctx_size, slots=parallel, chunk=chunk, queue=queue)
-            _serve(signals, model, listen, options)
+            _serve(signals, model, listening.endpoint(), options)
         except KeyboardInterrupt:
             print("numoe: stopped while starting", file=sys.stderr)
     return 0
 
 
-def _serve(signals: StopSignals, model: str, listen: str, options: PlanOptions) -> None:
+def _serve(signals: StopSignals, model: str, endpoint: Endpoint, options: PlanOptions) -> None:
     from numoe.deploy.launch import running_server
 
-    with running_server(model, options, listen) as server:
+    with running_server(model, options, endpoint) as server:
         signals.started()
         print(f"numoe serves {server.plan.model} at {server.address} (Ctrl-C stops it)", flush=True)
+        if endpoint.insecure and not endpoint.is_protected:
+            print(f"numoe: whoever reaches {server.address} may use and stop this server", file=sys.stderr)
         why = server.wait(signals.stop)
         if signals.stop.is_set():
             server.close(DRAIN_S)

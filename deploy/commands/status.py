@@ -7,27 +7,27 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from numoe.deploy.client import Client
-from numoe.deploy.console import Address, one_line_errors
+from numoe.deploy.commands.security import DEFAULT, Connection
+from numoe.deploy.console import one_line_errors
 from numoe.v1 import admin_pb2 as pb
 
 
 def status(
     *,
-    address: Address = None,
+    connection: Connection = DEFAULT,
     json_output: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> int:
     """Show a server's processes, slots, queue and step times.
 
     Parameters
     ----------
-    address
-        The server, HOST:PORT or unix:PATH; 127.0.0.1:50051 if not given.
     json_output
         Print one JSON object instead of tables.
+    connection
+        How the server is reached.
 
     """
-    with one_line_errors(), Client(address) as client:
+    with one_line_errors(), connection.client() as client:
         values = status_json(client.status(), client.address)
     if json_output:
         print(json.dumps(values))

@@ -9,25 +9,26 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from numoe.deploy.client import POLL_S, Client
-from numoe.deploy.console import INTERRUPTED, Address, one_line_errors
+from numoe.deploy.commands.security import DEFAULT, Connection
+from numoe.deploy.console import INTERRUPTED, one_line_errors
 from numoe.engine.errors import UnavailableError
 from numoe.v1 import admin_pb2
 
 CLEANUP_S = 30.0  # what the processes get after the last request
 
 
-def stop(*, address: Address = None, timeout: float = 30.0) -> int:
+def stop(*, timeout: float = 30.0, connection: Connection = DEFAULT) -> int:
     """Stop a server: it takes no new requests, finishes the running ones, and ends.
 
     Parameters
     ----------
-    address
-        The server, HOST:PORT or unix:PATH; 127.0.0.1:50051 if not given.
     timeout
         Seconds that running requests get; after it they are cut off.
+    connection
+        How the server is reached.
 
     """
-    with one_line_errors(), Client(address) as client:
+    with one_line_errors(), connection.client() as client:
         pids = local_pids(client.status().actors)
         running = client.shutdown(max(0.0, timeout))
         if running:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import threading
 import time
@@ -17,6 +18,7 @@ from cyclopts import Parameter
 
 from numoe.deploy.client import Client
 from numoe.deploy.commands.placement import ANYWHERE, Placement
+from numoe.deploy.commands.security import DEFAULT, Connection
 from numoe.deploy.console import one_line_errors
 from numoe.engine.errors import InputError, NumoeError
 from numoe.v1 import generation_pb2 as pb
@@ -66,12 +68,12 @@ def concurrency(
     model: str | None = None,
     /,
     *,
-    address: str | None = None,
     streams: str = "1,2,4,8,16",
     prompt_tokens: int = 64,
     max_tokens: int = 64,
     json_output: Annotated[bool, Parameter(name="--json", negative=())] = False,
     placement: Placement = ANYWHERE,
+    connection: Connection = DEFAULT,
 ) -> int:
     """Measure how a server shares its speed among 1, 2, 4, 8 and 16 streams.
 
@@ -84,8 +86,6 @@ def concurrency(
     ----------
     model
         A GGUF file, for which a server is started that ends with the measurement.
-    address
-        A server that runs, HOST:PORT or unix:PATH, instead. Streams beyond its --parallel queue.
     streams
         Numbers of streams, with commas between.
     prompt_tokens
@@ -96,6 +96,8 @@ def concurrency(
         Print one JSON object a line instead of the table.
     placement
         Where the model runs.
+    connection
+        How a server is reached that runs already. Streams beyond its --parallel queue.
 
     """
     with one_line_errors():
@@ -104,8 +106,7 @@ def concurrency(
             if value < 1:
                 raise InputError(f"{flag} {value} is not possible: give at least 1")
         with (
-            _server(model, address, max(counts), prompt_tokens + max_tokens, placement) as where,
-            Client(where) as client,
+            _server(model, connection, max(counts), prompt_tokens + max_tokens, placement) as client,
         ):
             load, number = Load(prompt_tokens, max_tokens, client.model().vocab_size), 1
             if not json_output:
@@ -128,20 +129,23 @@ def _counts(text: str) -> list[int]:
 
 @contextmanager
 def _server(
-    model: str | None, address: str | None, slots: int, context: int, placement: Placement
-) -> Iterator[str]:
-    """The address of the server to measure."""
-    if (model is None) == (address is None):
+    model: str | None, connection: Connection, slots: int, context: int, placement: Placement
+) -> Iterator[Client]:
+    """A client of the server to measure."""
+    named = connection.address not in (None, os.environ.get("NUMOE_ADDRESS"))
+    if named if model else not connection.address:
         raise InputError("give either a model file or the --address of a server")
     if model is None:
-        yield address or ""
+        with connection.client() as client:
+            yield client
         return
+    from numoe.cluster.endpoint import ANY_PORT
     from numoe.deploy.launch import running_server
     from numoe.deploy.signals import StopSignals
 
     options = placement.plan_options(context=context, slots=slots)
-    with StopSignals(), running_server(model, options, "127.0.0.1:0") as server:
-        yield server.address
+    with StopSignals(), running_server(model, options, ANY_PORT) as server, Client(server.address) as client:
+        yield client
 
 
 def drive(client: Client, requests: Sequence[pb.GenerateRequest]) -> list[Stream]:

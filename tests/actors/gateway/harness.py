@@ -21,6 +21,7 @@ from numoe.actors.gateway import (
     ServerContext,
     build_server,
 )
+from numoe.cluster.endpoint import Endpoint
 from numoe.engine.errors import InputError
 from numoe.engine.requests import (
     CacheStatus,
@@ -256,6 +257,7 @@ async def serving(
     limits: Limits | None = None,
     backlog: int = 8192,
     listen: str = "127.0.0.1:0",
+    endpoint: dict[str, Any] | None = None,
     channel_options: Sequence[tuple[str, int]] = (),
     **script: Any,
 ) -> AsyncIterator[Gateway]:
@@ -269,7 +271,7 @@ async def serving(
         chat_template=PlainTemplate() if template else None,
         limits=limits or Limits(),
     )
-    server = build_server(context, engine, streams, listen)
+    server = build_server(context, engine, streams, Endpoint(listen=listen, **(endpoint or {})))
     await server.start()
     await server.set_ready(ready=ready)
     try:

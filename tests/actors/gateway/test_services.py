@@ -200,7 +200,7 @@ def test_addresses_keep_their_form() -> None:
 @in_loop
 async def test_an_address_of_another_machine_is_refused() -> None:
     with pytest.raises(InputError, match=r"cannot listen on 192\.0\.2\.1:5"):
-        async with serving(listen="192.0.2.1:5"):
+        async with serving(listen="192.0.2.1:5", endpoint={"insecure": True}):
             pass
 
 
