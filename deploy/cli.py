@@ -13,6 +13,7 @@ from cyclopts import App, CycloptsError, UnusedCliTokensError
 
 from numoe.deploy.commands.bench import bench
 from numoe.deploy.commands.demo import demo
+from numoe.deploy.commands.doctor import doctor
 from numoe.deploy.commands.generate import generate
 from numoe.deploy.commands.logits import logits
 from numoe.deploy.commands.plan import plan
@@ -29,7 +30,7 @@ app = App(
     help="Serve giant Mixture-of-Experts models on hardware that people own.",
     version=lambda: importlib.metadata.version("numoe"),
 )
-for command in (demo, plan, serve, generate, status, stop, logits, tokenize, bench, version):
+for command in (demo, doctor, plan, serve, generate, status, stop, logits, tokenize, bench, version):
     app.command(command)
 
 

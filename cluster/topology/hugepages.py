@@ -24,8 +24,8 @@ class TransparentHugePages:
     """When the kernel gives huge pages by itself; None where it cannot.
 
     enabled:       to a process's own memory: always, madvise (to who asks), never.
-    shmem_enabled: to shared memory without a file system of its own and to tmpfs that does not say otherwise:
-                   always, within_size, advise, never, deny, force.
+    shmem_enabled: to shared memory that is no file: always, within_size, advise, never. Files of a tmpfs have them by
+                   its mount option huge=, unless this is deny (never) or force (always).
     size:          of such a page in bytes.
     """
 

@@ -14,8 +14,6 @@ from numoe.deploy.console import one_line_errors
 if TYPE_CHECKING:
     from numoe.cluster.plan import Plan
 
-_MEASURED_BYTES = 400_000_000
-
 
 def plan(
     model: str,
@@ -29,7 +27,8 @@ def plan(
 ) -> int:
     """Print where `numoe serve` would put a model with the same options, and what to expect of it.
 
-    Milliseconds are bytes over the bandwidth that is measured now: what a token cannot be faster than.
+    Milliseconds are bytes over the bandwidth that was measured the first time (`numoe doctor --measure` measures
+    again): what a token cannot be faster than.
 
     Parameters
     ----------
@@ -57,13 +56,16 @@ def plan(
 def _plan(model: str, options: Any) -> dict[str, Any]:
     import psutil
 
+    from numoe.cluster.bandwidth import bandwidth
     from numoe.cluster.forecast import forecast
     from numoe.cluster.plan import check_memory
+    from numoe.cluster.topology import Topology
     from numoe.deploy.launch import place_model
     from numoe.engine.errors import ResourceError
 
+    topology = Topology.read()
     with place_model(model, options) as (config, gguf, found):
-        cpu = _read_bandwidth(found.cpus)
+        cpu = bandwidth(topology).total(topology)
         gpu = found.gpu.copy_bytes_s if found.gpu else 0.0
         free = psutil.virtual_memory().available
         expected = forecast(found, config, gguf, cpu_bytes_s=cpu, gpu_bytes_s=gpu, free_memory=free)
@@ -106,16 +108,6 @@ def _places(plan: Plan) -> list[dict[str, Any]]:
     if plan.mailbox:
         rows.append(("shared memory", "mailbox", plan.mailbox.nbytes))
     return [{"place": place, "what": what, "bytes": nbytes} for place, what, nbytes in rows]
-
-
-def _read_bandwidth(threads: int) -> float:
-    """Bytes a second that all processors together read from memory, the median of three."""
-    from statistics import median
-
-    from numoe.deploy.commands.bench.stand import Stand
-
-    with Stand(_MEASURED_BYTES, threads, 1) as stand:
-        return median(stand.read() for _ in range(3))
 
 
 def _print(values: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType as QuantType
 from numoe.deploy.commands.bench import loops
 from numoe.engine.cpu.memory import address, aligned_bytes
 from numoe.engine.cpu.products import product_kernel
+from numoe.engine.cpu.reading import READ_STEP_BYTES, read
 from numoe.engine.cpu.rows import activation_bytes, quantize_row
 from numoe.engine.errors import ResourceError
 from numoe.engine.formats import GROUP_ROWS, shape_of
@@ -35,7 +36,7 @@ class Stand:
 
     def __init__(self, nbytes: int, threads: int, rows: int) -> None:
         self._threads = threads
-        self.nbytes = nbytes // (threads * loops.READ_STEP_BYTES) * threads * loops.READ_STEP_BYTES
+        self.nbytes = nbytes // (threads * READ_STEP_BYTES) * threads * READ_STEP_BYTES
         if self.nbytes < 16 * loops.OPERAND_BYTES:
             raise ResourceError(f"a buffer of {nbytes} bytes is too small for {threads} threads")
         generator = np.random.default_rng(0)
@@ -49,7 +50,7 @@ class Stand:
         self.pointers = self._activations(generator.standard_normal((rows, COLS)).astype(np.float32))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="numoe-bench")
         out = address(self._outs)
-        loops.read(self.weights, loops.READ_STEP_BYTES)
+        read(self.weights, READ_STEP_BYTES)
         loops.dots(1, self.weights, out)
         loops.fmas(1, self.weights, out)
 
@@ -76,7 +77,7 @@ class Stand:
     def read(self) -> float:
         """Bytes a second of reading the whole buffer."""
         share = self.nbytes // self._threads
-        return self.nbytes / self.timed(lambda i: loops.read(self.weights + i * share, share))
+        return self.nbytes / self.timed(lambda i: read(self.weights + i * share, share))
 
     def peak(self, activations: str) -> float:
         """Multiply-adds a second of registers alone: of integers for "q8", of float32 for "f32"."""
