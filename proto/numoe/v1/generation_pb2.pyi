@@ -4,6 +4,15 @@ isort:skip_file
 The public API of a numoe server. Every error carries a google.rpc.Status with an ErrorInfo of
 domain "numoe"; INVALID_ARGUMENT adds a BadRequest that names the fields, and RESOURCE_EXHAUSTED
 and UNAVAILABLE add a RetryInfo where trying again may help.
+
+A server with tokens wants the metadata `authorization: Bearer TOKEN` on every call but health
+checks; without it the call is UNAUTHENTICATED.
+
+Sizes are bounded before anything is looked at. The text of a request: 64 bytes for each token of
+the context, but no less than 1 MiB and no more than 16 MiB; its message: twice that. A call has at
+most 16384 bytes of metadata, and is not compressed. A server takes at most 1024 connections, 2048
+calls and 1024 streams at once. What is larger is RESOURCE_EXHAUSTED; what its field forbids is
+INVALID_ARGUMENT; a compressed call is UNIMPLEMENTED.
 """
 
 from collections import abc as _abc
@@ -71,7 +80,7 @@ class GenerateRequest(_message.Message):
     spelling of a special token ("<|im_end|>") becomes that token.
     """
     logprobs: _builtins.int
-    """Report logprobs: 0 of the chosen tokens only, N of the N likeliest alternatives too.
+    """Report logprobs: 0 of the chosen tokens only, N of the N likeliest alternatives too, at most 20.
     Absent: none.
     """
     request_id: _builtins.str
@@ -175,7 +184,7 @@ Global___CacheOptions: _TypeAlias = CacheOptions  # noqa: Y015
 
 @_typing.final
 class TokenIds(_message.Message):
-    """A list of token ids."""
+    """A list of token ids: as many as the context has, with one to generate."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -207,7 +216,7 @@ class ChatPrompt(_message.Message):
     """Open the assistant's turn at the end. Absent: true."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_chat_pb2.ChatMessage]:
-        """The messages, oldest first; at least one."""
+        """The messages, oldest first; at least one, at most 10000."""
 
     def __init__(
         self,
@@ -297,7 +306,7 @@ class SamplingOptions(_message.Message):
     """
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
-        """Token id to a value added to its logit; -Infinity bans the token."""
+        """Token id to a value added to its logit; -Infinity bans the token. At most 4096 tokens."""
 
     def __init__(
         self,
@@ -377,13 +386,13 @@ class StopOptions(_message.Message):
     @_builtins.property
     def strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Texts that end the generation. They and what follows them are not sent, even where a stop
-        string begins or ends inside a token.
+        string begins or ends inside a token. At most 64, of 1 to 1024 bytes each.
         """
 
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids that end the generation, beside the model's own end-of-generation tokens. A stop
-        token is not sent.
+        token is not sent. At most 1024.
         """
 
     def __init__(

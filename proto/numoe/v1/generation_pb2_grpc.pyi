@@ -4,6 +4,15 @@ isort:skip_file
 The public API of a numoe server. Every error carries a google.rpc.Status with an ErrorInfo of
 domain "numoe"; INVALID_ARGUMENT adds a BadRequest that names the fields, and RESOURCE_EXHAUSTED
 and UNAVAILABLE add a RetryInfo where trying again may help.
+
+A server with tokens wants the metadata `authorization: Bearer TOKEN` on every call but health
+checks; without it the call is UNAUTHENTICATED.
+
+Sizes are bounded before anything is looked at. The text of a request: 64 bytes for each token of
+the context, but no less than 1 MiB and no more than 16 MiB; its message: twice that. A call has at
+most 16384 bytes of metadata, and is not compressed. A server takes at most 1024 connections, 2048
+calls and 1024 streams at once. What is larger is RESOURCE_EXHAUSTED; what its field forbids is
+INVALID_ARGUMENT; a compressed call is UNIMPLEMENTED.
 """
 
 from collections import abc as _abc

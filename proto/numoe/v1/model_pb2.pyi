@@ -26,7 +26,7 @@ class GetModelRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """A name that ListModels gives. Absent: the model that Generate uses."""
+    """A name that ListModels gives, at most 1024 bytes. Absent: the model that Generate uses."""
     def __init__(
         self,
         *,

@@ -29,6 +29,7 @@ class TokenizeRequest(_message.Message):
     ADD_SPECIAL_FIELD_NUMBER: _builtins.int
     PARSE_SPECIAL_FIELD_NUMBER: _builtins.int
     text: _builtins.str
+    """As long as a text to generate from may be."""
     add_special: _builtins.bool
     """Add the tokens that the model wants around a text, such as beginning-of-sequence. Absent: true."""
     parse_special: _builtins.bool
@@ -85,7 +86,9 @@ class DetokenizeRequest(_message.Message):
 
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As many as the context has, but no less than 65536."""
+
     def __init__(
         self,
         *,
@@ -132,7 +135,7 @@ class ApplyTemplateRequest(_message.Message):
     """Open the assistant's turn at the end. Absent: true."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_chat_pb2.ChatMessage]:
-        """The messages, oldest first; at least one."""
+        """The messages, oldest first; at least one, at most 10000."""
 
     def __init__(
         self,
