@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import secrets
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -26,13 +24,13 @@ from numoe.cluster.endpoint import Endpoint
 from numoe.cluster.plan import Plan
 from numoe.cluster.status import LoadProgress
 from numoe.cluster.supervisor import NAMESPACE, ActorClasses, Supervisor
+from numoe.deploy.raylets import PRIVATE_TEMP, find_raylets
 from numoe.deploy.signals import StopSignals, uninterrupted
 from numoe.engine import shm
 from numoe.engine.errors import NumoeError, UnavailableError
 from numoe.engine.private import make_private_folder
 
-_TEMP_PREFIX = f"{tempfile.gettempdir()}/numoe-ray-{os.getuid()}"
-_OWN_TEMP_DIR = f"{_TEMP_PREFIX}/{os.getpid()}"
+_OWN_TEMP_DIR = f"{PRIVATE_TEMP}/{os.getpid()}"
 _OWNER_VARIABLE = "NUMOE_RAY_OWNER"
 _OBJECT_STORE_BYTES = 128 << 20  # Ray's default is 30 % of memory, and lies where the weights lie
 _QUIET = {
@@ -93,7 +91,7 @@ def _init_ray() -> bool:
         else:
             return False
     os.environ[_OWNER_VARIABLE] = _OWN_TEMP_DIR
-    make_private_folder(Path(_TEMP_PREFIX))  # Ray's own folders and sockets are open to all users
+    make_private_folder(Path(PRIVATE_TEMP))  # Ray's own folders and sockets are open to all users
     if not address:  # else Ray has read the user's token already
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # its ports are open to the network
     ray.init(
@@ -112,16 +110,9 @@ def _running_cluster() -> str:
 
     One that another numoe started for itself does not count: it goes when that one does.
     """
-    shared, private = "", False
-    for process in psutil.process_iter(["name", "cmdline"]):
-        if process.info["name"] == "raylet":
-            command = " ".join(process.info["cmdline"] or ())
-            found = re.search(r"--gcs-address=(\S+)", command)
-            if f"--temp_dir={_TEMP_PREFIX}" in command:
-                private = True
-            elif found:
-                shared = found.group(1)
-    if shared and private:
+    raylets = find_raylets()
+    shared = next((raylet.gcs_address for raylet in raylets if not raylet.private), "")
+    if shared and any(raylet.private for raylet in raylets):
         # Ray's "auto" might take the private one, and by address it does not look for the cluster's token.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         return shared

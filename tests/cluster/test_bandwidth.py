@@ -13,6 +13,7 @@ import pytest
 from numoe.cluster import bandwidth as measuring
 from numoe.cluster.bandwidth import Bandwidth, ReadSpeed, bandwidth, measure, remembered
 from numoe.cluster.topology import NumaNode, Topology
+from numoe.engine import numa
 from numoe.engine.cpu.memory import address
 from numoe.engine.cpu.reading import READ_STEP_BYTES, read
 from numoe.engine.errors import ResourceError
@@ -88,6 +89,16 @@ def test_each_thread_is_on_its_core_and_has_its_share(monkeypatch: pytest.Monkey
     assert {mask for mask, _, _ in seen.values()} == {frozenset({cpu}) for cpu in cpus}
     assert sorted(start for _, start, _ in seen.values()) == [(1 << 20) + 4096 * i for i in range(len(cpus))]
     assert {nbytes for _, _, nbytes in seen.values()} == {4096}
+
+
+def test_memory_lies_on_the_node_that_is_measured() -> None:
+    """As the kernel tells, for every node of this host."""
+    topology = Topology.read()
+    for memory in topology.nodes:
+        team = measuring._Readers(topology.compute_nodes[0])
+        with team, measuring._buffer(topology, memory, team) as buffer:
+            assert buffer is not None
+            assert numa.page_nodes(*buffer).keys() == {memory.id}
 
 
 def test_memory_that_cannot_be_bound_is_told_from_what_is_slow() -> None:
