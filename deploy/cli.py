@@ -18,6 +18,7 @@ from numoe.deploy.commands.generate import generate
 from numoe.deploy.commands.logits import logits
 from numoe.deploy.commands.plan import plan
 from numoe.deploy.commands.serve import serve
+from numoe.deploy.commands.slots import slots
 from numoe.deploy.commands.status import status
 from numoe.deploy.commands.stop import stop
 from numoe.deploy.commands.tokenize import tokenize
@@ -30,7 +31,7 @@ app = App(
     help="Serve giant Mixture-of-Experts models on hardware that people own.",
     version=lambda: importlib.metadata.version("numoe"),
 )
-for command in (demo, doctor, plan, serve, generate, status, stop, logits, tokenize, bench, version):
+for command in (demo, doctor, plan, serve, generate, slots, status, stop, logits, tokenize, bench, version):
     app.command(command)
 
 

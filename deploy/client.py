@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -14,7 +14,16 @@ import grpc
 
 from numoe.deploy.credentials import Credentials
 from numoe.deploy.diagnosis import why_unreachable
-from numoe.engine.errors import AccessError, InputError, NotFoundError, NumoeError, ResourceError, UnavailableError
+from numoe.engine.errors import (
+    AccessError,
+    DataLossError,
+    InputError,
+    NotFoundError,
+    NumoeError,
+    PreconditionError,
+    ResourceError,
+    UnavailableError,
+)
 from numoe.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -22,15 +31,28 @@ from numoe.v1 import (
     generation_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
+    slots_pb2,
+    slots_pb2_grpc,
     tokenizer_pb2_grpc,
 )
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 CALL_TIMEOUT_S = 15.0
+STORE_TIMEOUT_S = 60.0  # the server itself gives a store half of it
 POLL_S = 0.1
 NO_CREDENTIALS = Credentials()
 
 Result = TypeVar("Result")
+
+_ERRORS: dict[grpc.StatusCode, type[NumoeError]] = {
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.UNAUTHENTICATED: AccessError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceError,
+    grpc.StatusCode.NOT_FOUND: NotFoundError,
+    grpc.StatusCode.FAILED_PRECONDITION: PreconditionError,
+    grpc.StatusCode.DATA_LOSS: DataLossError,
+    grpc.StatusCode.INVALID_ARGUMENT: InputError,
+}
 
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", -1),
@@ -61,6 +83,7 @@ class Client:
         self.tokenizer = tokenizer_pb2_grpc.TokenizerServiceStub(self._channel)
         self.models = model_pb2_grpc.ModelServiceStub(self._channel)
         self.admin = admin_pb2_grpc.AdminServiceStub(self._channel)
+        self.slots = slots_pb2_grpc.SlotServiceStub(self._channel)
 
     def __enter__(self) -> Self:
         return self
@@ -81,13 +104,39 @@ class Client:
         self, request: generation_pb2.GenerateRequest, timeout_s: float | None = None
     ) -> Iterator[generation_pb2.GenerateResponse]:
         """Stream one generation; leaving the iterator early cancels it on the server."""
-        call = self.generation.Generate(request, timeout=timeout_s)
-        try:
-            yield from call
-        except grpc.RpcError as error:
-            raise explained(error, self.address, self._credentials) from error
-        finally:
-            call.cancel()  # type: ignore[no-untyped-call]
+        return self._stream(self.generation.Generate(request, timeout=timeout_s))
+
+    def save_slot(self, request: slots_pb2.SaveSlotRequest) -> Iterator[slots_pb2.SaveSlotResponse]:
+        """Stream the progress of a save and its report; leaving the iterator early cancels it."""
+        return self._stream(self.slots.SaveSlot(request))
+
+    def restore_slot(self, request: slots_pb2.RestoreSlotRequest) -> Iterator[slots_pb2.RestoreSlotResponse]:
+        """Stream the progress of a restore and its report; leaving the iterator early cancels it."""
+        return self._stream(self.slots.RestoreSlot(request))
+
+    def erase_slot(self, request: slots_pb2.EraseSlotRequest) -> slots_pb2.SlotReport:
+        """Empty a slot."""
+        timeout_s = CALL_TIMEOUT_S + request.wait.seconds
+        return self._call(lambda: self.slots.EraseSlot(request, timeout=timeout_s)).report
+
+    def fork_slot(self, request: slots_pb2.ForkSlotRequest) -> slots_pb2.SlotReport:
+        """Make a slot hold what another holds."""
+        timeout_s = CALL_TIMEOUT_S + request.wait.seconds
+        return self._call(lambda: self.slots.ForkSlot(request, timeout=timeout_s)).report
+
+    def list_slots(self) -> Sequence[admin_pb2.SlotStatus]:
+        """What every slot holds."""
+        return self._call(lambda: self.slots.ListSlots(slots_pb2.ListSlotsRequest(), timeout=CALL_TIMEOUT_S)).slots
+
+    def list_snapshots(self) -> Sequence[slots_pb2.Snapshot]:
+        """The snapshots in the server's store."""
+        request = slots_pb2.ListSnapshotsRequest()
+        return self._call(lambda: self.slots.ListSnapshots(request, timeout=STORE_TIMEOUT_S)).snapshots
+
+    def remove_snapshot(self, name: str) -> None:
+        """Remove a snapshot."""
+        request = slots_pb2.RemoveSnapshotRequest(name=name)
+        self._call(lambda: self.slots.RemoveSnapshot(request, timeout=STORE_TIMEOUT_S))
 
     def status(self) -> admin_pb2.GetStatusResponse:
         """Tell what runs where."""
@@ -116,6 +165,14 @@ class Client:
             time.sleep(POLL_S)
         return False
 
+    def _stream(self, call: Any) -> Iterator[Any]:
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise explained(error, self.address, self._credentials) from error
+        finally:
+            call.cancel()
+
     def _call(self, call: Callable[[], Result]) -> Result:
         try:
             return call()
@@ -139,18 +196,10 @@ def explained(error: grpc.RpcError, address: str, credentials: Credentials = NO_
         return why_unreachable(address, credentials)
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return InputError(f"the server at {address} is no numoe server, or an older one: {details}")
-    if code is grpc.StatusCode.UNAVAILABLE:
-        return UnavailableError(details)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return UnavailableError(details if _from_numoe(error) else f"{address} did not answer in time")
-    if code is grpc.StatusCode.UNAUTHENTICATED:
-        return AccessError(details)
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return ResourceError(details)
-    if code is grpc.StatusCode.NOT_FOUND:
-        return NotFoundError(details)
-    if code in {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION}:
-        return InputError(details)
+    if code in _ERRORS:
+        return _ERRORS[code](details)
     return NumoeError(f"{address} answered {code.name}: {details}")
 
 

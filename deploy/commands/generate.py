@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from numoe.deploy.answers import Answer, read_answer
 from numoe.deploy.client import Client
 from numoe.deploy.commands.security import DEFAULT, Connection
+from numoe.deploy.commands.values import duration, unsigned
 from numoe.deploy.console import INTERRUPTED, one_line_errors
 from numoe.engine.errors import InputError, NumoeError
 from numoe.v1 import chat_pb2
@@ -40,6 +41,8 @@ def generate(
     logprobs: int | None = None,
     cache_salt: str = "",
     no_cache: Annotated[bool, Parameter(negative=())] = False,
+    slot: int | None = None,
+    slot_wait: float | None = None,
     json_output: Annotated[bool, Parameter(name="--json", negative=())] = False,
     timeout: float | None = None,
 ) -> int:
@@ -81,6 +84,10 @@ def generate(
         Share cached prompts only with requests of the same salt.
     no_cache
         Neither use cached prompts nor leave this one behind.
+    slot
+        Run in this slot, going on from what it holds, and leave the conversation in it; any free one if not given.
+    slot_wait
+        Wait this many seconds while others use that slot; if not given, a busy slot is an error.
     json_output
         Print one JSON object at the end, times in milliseconds, instead of the text.
     timeout
@@ -102,10 +109,12 @@ def generate(
                 seed=seed,
             ),
             stopping=pb.StopOptions(
-                max_tokens=_unsigned("--max-tokens", max_tokens), strings=stop, ignore_eos=ignore_eos
+                max_tokens=unsigned("--max-tokens", max_tokens), strings=stop, ignore_eos=ignore_eos
             ),
-            logprobs=_unsigned("--logprobs", logprobs),
+            logprobs=unsigned("--logprobs", logprobs),
             cache=pb.CacheOptions(salt=cache_salt.encode(), bypass=no_cache),
+            slot_id=unsigned("--slot", slot),
+            slot_wait=duration("--slot-wait", slot_wait),
         )
         _set_prompt(request, prompt, system, chat=chat)
         with connection.client() as client:
@@ -116,17 +125,11 @@ def sampling_options(
     *, top_k: int | None = None, seed: int | None = None, **values: float | None
 ) -> pb.SamplingOptions:
     """Make sampling options a message; what is None takes the server's default."""
-    options = pb.SamplingOptions(top_k=_unsigned("--top-k", top_k), seed=_unsigned("--seed", seed, bits=64))
+    options = pb.SamplingOptions(top_k=unsigned("--top-k", top_k), seed=unsigned("--seed", seed, bits=64))
     for name, value in values.items():
         if value is not None:
             setattr(options, name, value)
     return options
-
-
-def _unsigned(flag: str, value: int | None, bits: int = 32) -> int | None:
-    if value is not None and not 0 <= value < 1 << bits:
-        raise InputError(f"{flag} {value}: give a whole number from 0 to 2^{bits} - 1")
-    return value
 
 
 def _set_prompt(request: pb.GenerateRequest, prompt: str, system: str | None, *, chat: bool) -> None:

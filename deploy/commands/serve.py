@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from numoe.deploy.commands.caching import NO_FLAGS, Caching
 from numoe.deploy.commands.placement import ANYWHERE, Placement
 from numoe.deploy.commands.security import LOOPBACK, Listening
 from numoe.deploy.console import one_line_errors
@@ -27,6 +28,7 @@ def serve(
     chunk: int | None = None,
     queue: int | None = None,
     placement: Placement = ANYWHERE,
+    caching: Caching = NO_FLAGS,
     listening: Listening = LOOPBACK,
 ) -> int:
     """Serve a GGUF model over gRPC until Ctrl-C, SIGTERM or `numoe stop`.
@@ -46,13 +48,17 @@ def serve(
         Requests that may wait for a slot; 64 if not given.
     placement
         Where the model runs.
+    caching
+        What outlives a request.
     listening
         Where the server listens, and whom it answers.
 
     """
     with one_line_errors(), StopSignals() as signals:
         try:
-            options = placement.plan_options(context=ctx_size, slots=parallel, chunk=chunk, queue=queue)
+            options = placement.plan_options(
+                context=ctx_size, slots=parallel, chunk=chunk, queue=queue, cache=caching.options()
+            )
             _serve(signals, model, listening.endpoint(), options)
         except KeyboardInterrupt:
             print("numoe: stopped while starting", file=sys.stderr)

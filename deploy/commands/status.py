@@ -8,8 +8,11 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from numoe.deploy.commands.security import DEFAULT, Connection
+from numoe.deploy.commands.slots import slot_json, slot_row
 from numoe.deploy.console import one_line_errors
 from numoe.v1 import admin_pb2 as pb
+
+_NUMBERS = {"pid", "restarts", "tokens", "computed", "cached"}
 
 
 def status(
@@ -67,15 +70,7 @@ def status_json(response: pb.GetStatusResponse, address: str) -> dict[str, Any]:
             "vocab_size": response.model.vocab_size,
             "fingerprint": response.model.fingerprint if response.model.HasField("fingerprint") else None,
         },
-        "slots": [
-            {
-                "slot": slot.slot,
-                "state": _name(pb.SlotState.Name(slot.state), "SLOT_STATE_"),
-                "request_id": slot.request_id if slot.HasField("request_id") else None,
-                "tokens": slot.tokens,
-            }
-            for slot in response.slots
-        ],
+        "slots": [slot_json(slot) for slot in response.slots],
         "queue": {
             "queued": response.queue.queued,
             "limit": response.queue.limit,
@@ -86,12 +81,44 @@ def status_json(response: pb.GetStatusResponse, address: str) -> dict[str, Any]:
             "pages_cached": response.kv.pages_cached,
             "pages_total": response.kv.pages_total,
         },
+        "cache": _cache_json(response.cache) if response.HasField("cache") else None,
         "step": (
             {"steps": response.step.steps, "last_ms": dict(response.step.last_ms)}
             if response.HasField("step")
             else None
         ),
     }
+
+
+def _cache_json(cache: pb.CacheStatus) -> dict[str, Any]:
+    return {
+        "ram_bytes": cache.ram_bytes,
+        "ram_limit_bytes": cache.ram_limit_bytes,
+        "store_url": cache.store_url if cache.HasField("store_url") else None,
+        "store_bytes": cache.store_bytes,
+        "store_limit_bytes": cache.store_limit_bytes if cache.HasField("store_limit_bytes") else None,
+        "pending_chunks": cache.pending_chunks,
+        "dropped_chunks": cache.dropped_chunks,
+        "hits": {"pages": cache.hits_pages, "ram": cache.hits_ram, "store": cache.hits_store},
+        "misses": cache.misses,
+        "store_error": cache.store_error if cache.HasField("store_error") else None,
+    }
+
+
+def _cache_text(cache: dict[str, Any]) -> str:
+    """The prompt cache in a line or two."""
+    hits, limit = cache["hits"], cache["store_limit_bytes"]
+    ram = f"{cache['ram_bytes'] / 1e9:.2f} of {cache['ram_limit_bytes'] / 1e9:.2f} GB of memory"
+    store = "no store"
+    if cache["store_url"]:
+        bound = f" of {limit / 1e9:.2f}" if limit else ""
+        store = f"{cache['store_bytes'] / 1e9:.2f}{bound} GB in {cache['store_url']}"
+        store += f", {cache['pending_chunks']} chunks to write"
+        if cache["dropped_chunks"]:
+            store += f", {cache['dropped_chunks']} given up"
+    found = ", ".join(f"{count} in {place}" for place, count in hits.items())
+    text = f"prompt cache {ram}, {store}; chunks found: {found}; not found: {cache['misses']}"
+    return f"{text}\nthe store is not used: {cache['store_error']}" if cache["store_error"] else text
 
 
 def _name(constant: str, prefix: str) -> str:
@@ -107,7 +134,7 @@ def _print_tables(values: dict[str, Any]) -> None:
             return
         result = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
         for name in rows[0]:
-            result.add_column(name, justify="right" if name in {"pid", "restarts", "tokens"} else "left")
+            result.add_column(name, justify="right" if name in _NUMBERS else "left")
         for row in rows:
             result.add_row(*("-" if value is None else str(value) for value in row.values()))
         console.print(result)
@@ -120,11 +147,13 @@ def _print_tables(values: dict[str, Any]) -> None:
         f"{model['parameters'] / 1e9:.2f} G parameters), context {model['context_tokens']} tokens"
     )
     table("actors", values["actors"])
-    table("slots", values["slots"])
+    table("slots", [slot_row(slot) for slot in values["slots"]])
     console.print(
         f"queue {queue['queued']} of {queue['limit']}, {queue['streams']} streams; "
         f"KV pages {kv['pages_used']} of {kv['pages_total']}, {kv['pages_cached']} more with cached prompts"
     )
+    if values["cache"] is not None:
+        console.print(_cache_text(values["cache"]))
     if step is not None:
         parts = ", ".join(f"{name} {ms:.2f}" for name, ms in sorted(step["last_ms"].items()))
         console.print(f"{step['steps']} steps, the last in ms: {parts}")
