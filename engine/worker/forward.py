@@ -47,6 +47,7 @@ from numoe.engine.scheduler import Batch
 from numoe.engine.worker.buffers import Rows
 from numoe.engine.worker.kv_pool import KvPool
 from numoe.engine.worker.options import ForwardOptions
+from numoe.engine.worker.pages import CpuPages
 from numoe.engine.worker.weights import DenseWeights, PackedMatrix, dense_tensor_names
 
 LOGITS_AT_ONCE = 16
@@ -62,6 +63,7 @@ class CpuForward:
         self.config, self.options, self._mailbox = config, options, mailbox
         self.weights = DenseWeights(gguf, dense_tensor_names(gguf), options.threads, progress)
         self.pool = KvPool(config, options.n_pages, options.kv_type)
+        self.pages = CpuPages(config, self.pool)
         self._step = record([0] * STEP_FIELDS)
         self._team = ThreadTeam(options.threads, options.threads_on_host)
         self._make_buffers()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from numoe.engine.kv.port import PagePort
 from numoe.engine.models.config import ModelConfig
 from numoe.engine.sampling import StepLogits
 from numoe.engine.scheduler import Batch
@@ -36,6 +37,7 @@ class Forward(Protocol):
 
     config: ModelConfig
     options: ForwardOptions
+    pages: PagePort
 
     def run(self, batch: Batch) -> StepLogits:
         """The logits [len(batch.logit_rows), vocab] of a batch; its rows go to the KV pool.
