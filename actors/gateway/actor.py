@@ -44,11 +44,13 @@ class RayEngineClient:
 
     async def save_slot(self, operation: str, slot: int, name: str, wait_until: float | None) -> SlotReport:
         """Make a snapshot of a slot."""
-        return await self._operate(self._worker.save_slot, operation, slot, name, wait_until)
+        report: SlotReport = await self._operate(self._worker.save_slot, operation, slot, name, wait_until)
+        return report
 
     async def restore_slot(self, operation: str, slot: int, name: str, wait_until: float | None) -> SlotReport:
         """Put a snapshot into a slot."""
-        return await self._operate(self._worker.restore_slot, operation, slot, name, wait_until)
+        report: SlotReport = await self._operate(self._worker.restore_slot, operation, slot, name, wait_until)
+        return report
 
     async def cancel_slot_operation(self, operation: str) -> None:
         """End a save or restore."""
@@ -56,27 +58,34 @@ class RayEngineClient:
 
     async def erase_slot(self, slot: int, wait_until: float | None) -> SlotReport:
         """Empty a slot."""
-        return await self._operate(self._worker.erase_slot, slot, wait_until)
+        report: SlotReport = await self._operate(self._worker.erase_slot, slot, wait_until)
+        return report
 
     async def fork_slot(self, slot: int, target: int, wait_until: float | None) -> SlotReport:
         """Make two slots hold the same."""
-        return await self._operate(self._worker.fork_slot, slot, target, wait_until)
+        report: SlotReport = await self._operate(self._worker.fork_slot, slot, target, wait_until)
+        return report
 
     async def snapshots(self) -> tuple[SnapshotInfo, ...]:
         """The store's snapshots."""
-        async with self._slot_operations:
-            found: tuple[SnapshotInfo, ...] = await _call(self._worker.snapshots.remote())
+        found: tuple[SnapshotInfo, ...] = await self._operate(self._worker.snapshots)
         return found
 
     async def remove_snapshot(self, name: str) -> None:
         """Remove a snapshot."""
-        async with self._slot_operations:
-            await _call(self._worker.remove_snapshot.remote(name))
+        await self._operate(self._worker.remove_snapshot, name)
 
-    async def _operate(self, method: Any, *args: Any) -> SlotReport:
-        async with self._slot_operations:
-            report: SlotReport = await _call(method.remote(*args))
-        return report
+    async def _operate(self, method: Any, *args: Any) -> Any:
+        """Call the worker; a caller who leaves does not make room for others before the worker is done."""
+        await self._slot_operations.acquire()
+        work = asyncio.ensure_future(_call(method.remote(*args)))
+        work.add_done_callback(self._operated)
+        return await asyncio.shield(work)
+
+    def _operated(self, work: asyncio.Future[Any]) -> None:
+        self._slot_operations.release()
+        if not work.cancelled():
+            work.exception()  # heard, even where nobody waits for it
 
     async def status(self) -> WorkerStatus:
         """What the worker is doing."""
