@@ -8,8 +8,10 @@ import time
 
 import pytest
 
+from numoe.deploy.client import Client
 from numoe.engine.errors import DataLossError, PreconditionError
 from numoe.engine.requests import SnapshotInfo
+from numoe.v1 import slots_pb2 as pb
 from tests.deploy.test_client_commands import APP, background
 
 STORED = (
@@ -108,6 +110,17 @@ def test_ctrl_c_cancels_the_operation() -> None:
         while not server.engine.cancelled and time.monotonic() < end:
             time.sleep(0.01)
         assert server.engine.cancelled == [server.engine.operations[0][1]]
+
+
+def test_leaving_the_stream_cancels_the_operation() -> None:
+    with background(hang=True) as server, Client(server.address) as client:
+        stream = client.save_slot(pb.SaveSlotRequest(slot=0, name="chat"))
+        assert next(stream).progress.chunks == 3
+        stream.close()  # type: ignore[attr-defined]
+        end = time.monotonic() + 10
+        while not server.engine.cancelled and time.monotonic() < end:
+            time.sleep(0.01)
+        assert server.engine.cancelled
 
 
 def test_generate_names_its_slot() -> None:

@@ -108,16 +108,16 @@ async def test_shutdown_drains_and_tells_the_supervisor() -> None:
 @in_loop
 async def test_health_follows_readiness_and_draining() -> None:
     async with serving(ready=False) as gateway:
-        generation, models = "numoe.v1.GenerationService", "numoe.v1.ModelService"
-        assert [await _health(gateway, s) for s in ("", generation)] == [NOT_SERVING] * 2
+        generation, slots, models = (f"numoe.v1.{name}Service" for name in ("Generation", "Slot", "Model"))
+        assert [await _health(gateway, s) for s in ("", generation, slots)] == [NOT_SERVING] * 3
         assert await _health(gateway, models) == SERVING
         await gateway.server.set_ready()
-        assert [await _health(gateway, s) for s in ("", generation, models)] == [SERVING] * 3
+        assert [await _health(gateway, s) for s in ("", generation, slots, models)] == [SERVING] * 4
         await gateway.server.set_ready(ready=False)  # a worker is being replaced
-        assert [await _health(gateway, s) for s in ("", generation)] == [NOT_SERVING] * 2
+        assert [await _health(gateway, s) for s in ("", generation, slots)] == [NOT_SERVING] * 3
         await gateway.server.drain(0)
         await gateway.server.set_ready()  # too late
-        assert [await _health(gateway, s) for s in ("", generation, models)] == [NOT_SERVING] * 3
+        assert [await _health(gateway, s) for s in ("", generation, slots, models)] == [NOT_SERVING] * 4
         unknown = gateway.health.Check(health_pb2.HealthCheckRequest(service="nothing"))
         assert (await refusal(unknown)).code is grpc.StatusCode.NOT_FOUND
 
@@ -130,6 +130,7 @@ async def test_reflection_lists_and_describes_every_service() -> None:
             "numoe.v1.GenerationService",
             "numoe.v1.TokenizerService",
             "numoe.v1.ModelService",
+            "numoe.v1.SlotService",
             "numoe.v1.AdminService",
             "grpc.health.v1.Health",
         }
