@@ -17,7 +17,6 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
-from numoe.actors.gateway.malformed import Malformed
 from numoe.engine.errors import (
     AccessError,
     DataLossError,
@@ -120,6 +119,12 @@ def status_of(error: NumoeError) -> status_pb2.Status:
     )
 
 
+class Malformed(NamedTuple):
+    """Stands for a request that could not be decoded."""
+
+    reason: str
+
+
 Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
 
 
@@ -134,9 +139,11 @@ def answers_errors(handler: Handler) -> Handler:
         servicer: object, request: Message | Malformed, context: grpc.aio.ServicerContext[Any, Any]
     ) -> object:
         try:
-            return await handler(servicer, _decoded(request), context)
+            return await handler(servicer, decoded(request), context)
         except NumoeError as error:
             status = status_of(error)
+        except grpc.aio.AbortError:
+            raise  # the handler has said what is wrong
         except Exception:
             logger.exception("defect in %s", handler.__qualname__)
             status = status_of(NumoeError("internal error, see the server's log"))
@@ -146,7 +153,8 @@ def answers_errors(handler: Handler) -> Handler:
     return answer  # type: ignore[return-value]
 
 
-def _decoded(request: Message | Malformed) -> Message:
+def decoded(request: Message | Malformed) -> Message:
+    """The request, if it is one. Raises BadRequestError."""
     if isinstance(request, Malformed):
         raise BadRequestError([Violation("request", f"cannot be decoded: {request.reason}")])
     return request

@@ -120,7 +120,7 @@ async def test_calls_are_bounded() -> None:
             failed = await refusal(call(b""))
             assert failed.code is EXHAUSTED
             calls[0].cancel()
-            while not await _answers(call):  # as soon as the server has heard of it
+            while not await _answers(call):  # noqa: ASYNC110 -- it is the server that has to hear of it
                 await asyncio.sleep(0.005)
 
 

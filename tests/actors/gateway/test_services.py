@@ -216,3 +216,16 @@ def _reflect(address: str) -> tuple[set[str], set[str]]:
         service = pool.FindServiceByName("numoe.v1.GenerationService")
         fields = {f.name for f in service.FindMethodByName("Generate").input_type.fields}
         return set(database.get_services()), fields
+
+
+@in_loop
+async def test_what_is_no_message_is_refused_by_every_service() -> None:
+    async with serving() as gateway:
+        reflect = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+        for method in ("numoe.v1.AdminService/GetStatus", "grpc.health.v1.Health/Check", "grpc.health.v1.Health/Watch"):
+            failed = await refusal(gateway.channel.unary_unary(f"/{method}")(b"\xff"))
+            assert (failed.code, failed.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["request"])
+        failed = await refusal(gateway.channel.stream_stream(reflect)(iter([b"\xff"])).read())
+        assert (failed.code, failed.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["request"])
+        unknown = gateway.health.Check(health_pb2.HealthCheckRequest(service="unknown"))
+        assert (await refusal(unknown)).code is grpc.StatusCode.NOT_FOUND
