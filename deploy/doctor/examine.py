@@ -6,13 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from numoe.cluster.bandwidth import Progress, bandwidth
-from numoe.cluster.plan import Plan, PlanOptions, check_memory
+from numoe.cluster.plan import Plan, PlanOptions
 from numoe.deploy.doctor import gpu, memory, nodes, processor, services
 from numoe.deploy.doctor.check import Check, Host, count, error, gb, ok, warning
 from numoe.deploy.launch import place_model
 from numoe.engine.errors import NumoeError
-
-_ANYTHING = 1 << 62
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +83,8 @@ def _plan(path: str | None) -> tuple[Plan | None, Check]:
         "gpu": plan.gpu.name if plan.gpu else None,
     }
     where = plan.gpu.name if plan.gpu else "memory"
-    shards = f"{gb(plan.shared_bytes)} of experts in {count(len(plan.shards), 'shard')}, " if plan.shards else ""
+    experts = gb(sum(shard.nbytes for shard in plan.shards))
+    shards = f"{experts} of experts in {count(len(plan.shards), 'shard')}, " if plan.shards else ""
     text = f"{plan.model}: {shards}{gb(plan.attention_bytes)} of attention in {where}"
-    try:
-        check_memory(plan, available=_ANYTHING, shared=_ANYTHING)
-    except NumoeError as refused:
-        return plan, error("model", f"{text}; {refused}", "lower --ctx-size, or --device cpu", **values)
-    return plan, ok("model", text, **values)
+    short = memory.refusal("model", plan, text, values)
+    return (None, short) if short else (plan, ok("model", text, **values))

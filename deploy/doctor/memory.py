@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import resource
 from pathlib import Path
+from typing import Any
 
 from numoe.cluster.plan import Plan
+from numoe.cluster.plan import check_memory as plan_memory
 from numoe.deploy.doctor.check import Check, Host, error, gb, ok, warning
+from numoe.engine.errors import ResourceError
 
 SHM = "/dev/shm"  # noqa: S108 - shared memory is what this is about
+_ANYTHING = 1 << 62
 _LEAST_SHM = 1 << 30
 _SHM_SHARE = 0.45
 """Of memory: the kernel's default for /dev/shm is a half."""
@@ -28,11 +32,21 @@ def check_memory(host: Host, plan: Plan | None = None) -> Check:
         available = min(available, limits.memory_available_bytes)
         text = f"{text}, {gb(available)} of the container's {gb(limits.memory_bytes)}"
     values = {"total_bytes": total, "available_bytes": available, "limit_bytes": limits.memory_bytes}
-    if plan and plan.total_bytes > available:
-        cure = "free memory, raise the container's limit, lower --ctx-size or --parallel, or use a smaller quantization"
-        text = f"{text}; the model needs {gb(plan.total_bytes)}: {gb(plan.total_bytes - available)} are missing"
-        return error("memory", text, cure, **values)
-    return ok("memory", text, **values)
+    return refusal("memory", plan, text, values, available=available) or ok("memory", text, **values)
+
+
+def refusal(
+    name: str, plan: Plan | None, text: str, values: dict[str, Any], available: int = _ANYTHING, shared: int = _ANYTHING
+) -> Check | None:
+    """The error that `numoe serve` would end with if so many bytes were free, None if it would not."""
+    try:
+        if plan:
+            plan_memory(plan, available=available, shared=shared)
+    except ResourceError as refused:
+        message = str(refused)
+        reason, _, cure = message.partition("; " if "; " in message else ": ")
+        return error(name, f"{text}; {reason}", cure, **values)
+    return None
 
 
 def check_shared_memory(host: Host, plan: Plan | None = None, space: tuple[int, int] | None = None) -> Check:
@@ -43,10 +57,8 @@ def check_shared_memory(host: Host, plan: Plan | None = None, space: tuple[int, 
     text = f"{SHM}: {gb(free)} of {gb(total)} free"
     larger = f"mount -o remount,size={round(0.9 * memory / (1 << 30))}G {SHM} (as root); in a container --shm-size"
     if plan:
-        text = f"{text}, the model's experts take {gb(plan.shared_bytes)}"
-        if plan.shared_bytes > max(free, _reserved(host)):
-            return error("shared_memory", f"{text}: {gb(plan.shared_bytes - free)} are missing", larger, **values)
-        return ok("shared_memory", text, **values)
+        text = f"{text}, of which the model takes {gb(plan.shared_bytes)}"
+        return refusal("shared_memory", plan, text, values, shared=free) or ok("shared_memory", text, **values)
     if total < _LEAST_SHM:
         return error("shared_memory", f"{text}: too little for any model's experts", larger, **values)
     if total < _SHM_SHARE * memory:

@@ -130,6 +130,15 @@ def test_the_tightest_of_nested_cgroups_counts(tmp_path: Path) -> None:
     assert (limits.memory_bytes, limits.memory_available_bytes, limits.cpu_quota) == (8 * GIB, 0, 0.5)
 
 
+def test_a_cgroup_below_the_one_that_is_mounted(tmp_path: Path) -> None:
+    root = hosts.old_container(tmp_path)
+    write(root, "/proc/self/cgroup", "4:memory:/docker/4f2a/job\n3:cpuset:/docker/4f2a\n")
+    write(root, "/sys/fs/cgroup/memory/job/memory.limit_in_bytes", 4 * GIB)
+    write(root, "/sys/fs/cgroup/memory/job/memory.usage_in_bytes", 1 * GIB)
+    limits = Topology.read(root).limits
+    assert (limits.memory_bytes, limits.memory_available_bytes) == (4 * GIB, 3 * GIB)
+
+
 def test_an_unlimited_cgroup_v1(tmp_path: Path) -> None:
     write(hosts.old_container(tmp_path), "/sys/fs/cgroup/memory/memory.limit_in_bytes", 9223372036854771712)
     limits = Topology.read(tmp_path).limits

@@ -18,8 +18,10 @@ from numoe.deploy.doctor.memory import (
     check_shared_memory,
     check_swap,
     check_transparent,
+    refusal,
 )
 from numoe.engine.gguf import GgufFile
+from numoe.engine.gpu.device import Device
 from numoe.engine.models.config import ModelConfig
 from tests.cluster import hosts
 from tests.cluster.hosts import GIB, write
@@ -55,7 +57,9 @@ def test_memory_without_limits(tmp_path: Path, tiny: Plan) -> None:
 def test_a_model_that_does_not_fit_is_an_error(tmp_path: Path, tiny: Plan) -> None:
     found = check_memory(host(tmp_path), sized(tiny, 310))
     assert found.state == "error"
-    assert "the model needs 332.9 GB: 10.7 GB are missing" in found.text
+    assert "the model needs 332.8" in found.text
+    assert found.text.endswith("10.74 GB is missing")
+    assert "lower --ctx-size" in found.cure
 
 
 def test_the_containers_limit_counts(tmp_path: Path, tiny: Plan) -> None:
@@ -82,13 +86,18 @@ def test_shared_memory_against_the_model(tmp_path: Path, tiny: Plan) -> None:
     assert (found.state, found.values["free_bytes"]) == ("ok", 90 * GIB)
     found = check_shared_memory(host(tmp_path), sized(tiny, 95), (200 * GIB, 90 * GIB))
     assert found.state == "error"
-    assert "5.4 GB are missing" in found.text
+    assert found.text.endswith("5.37 GB is missing")
     assert "--shm-size" in found.cure
 
 
-def test_reserved_pages_may_hold_what_shared_memory_cannot(tmp_path: Path, tiny: Plan) -> None:
-    found = huge(tmp_path, lambda host: check_shared_memory(host, sized(tiny, 90), (64 << 20, 64 << 20)))
-    assert found.state == "ok"
+def test_a_gpu_with_too_little_memory(tiny: Plan) -> None:
+    card = Device("a GPU", (8, 6), 8 << 30, 1 << 20, 46)
+    found = refusal("model", replace(tiny, gpu=card), "it", {})
+    assert found is not None
+    assert found.text.startswith("it; attention needs")
+    assert found.text.endswith("a GPU has 0.00 GB free")
+    assert found.cure.startswith("lower --ctx-size")
+    assert refusal("model", tiny, "it", {}) is None
 
 
 def test_the_size_of_this_hosts_shared_memory() -> None:
