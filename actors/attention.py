@@ -38,10 +38,11 @@ class AttentionActor:
         from numoe.engine.models.config import ModelConfig
         from numoe.engine.progress import Progress
         from numoe.engine.scheduler import Scheduler, SchedulerConfig
+        from numoe.engine.weights import CachedPages
         from numoe.engine.worker.engine import Engine
-        from numoe.engine.worker.options import ForwardOptions
+        from numoe.engine.worker.options import ForwardOptions, SharedWeights
 
-        plan, gguf = self._plan, GgufFile.open(self._plan.model)
+        plan, folder, gguf = self._plan, self._folder, GgufFile.open(self._plan.model)
         options = ForwardOptions(
             max_rows=plan.max_rows,
             slots=plan.slots,
@@ -50,6 +51,7 @@ class AttentionActor:
             threads=plan.attention_threads,
             threads_on_host=plan.threads_on_host,
             kv_type=plan.kv_type,
+            shared=None if plan.gpu else SharedWeights(folder, plan.dense_slice, CachedPages.load(folder)),
         )
         self._progress = Progress(plan.dense_bytes)
         self._forward = _forward_of(plan)(ModelConfig.from_gguf(gguf), gguf, self._mailbox, options, self._progress)

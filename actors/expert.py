@@ -19,11 +19,12 @@ class ExpertActor:
         return identity(numa_node=self._plan.shards[self._index].numa_node)
 
     def initialize(self) -> None:
-        """Place the shard's slice in shared memory."""
+        """Place the shard's slice in shared memory, or attach to it where it lies."""
         from numoe.engine.experts.mailbox import Mailbox
         from numoe.engine.experts.shard import ExpertShard, ShardSlice
         from numoe.engine.gguf import GgufFile
         from numoe.engine.models.config import ModelConfig
+        from numoe.engine.weights import CachedPages
 
         plan, placement = self._plan, self._plan.shards[self._index]
         gguf = GgufFile.open(plan.model)
@@ -37,8 +38,9 @@ class ExpertActor:
             folder=self._folder,
             threads=placement.threads,
             threads_on_host=plan.threads_on_host,
+            key=plan.expert_slice(self._index),
         )
-        self._shard.load()
+        self._shard.load(CachedPages.load(self._folder))
         gguf.close()
         self._shard.start()
 

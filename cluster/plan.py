@@ -12,15 +12,16 @@ from numoe.cluster.topology import Topology
 from numoe.engine.errors import InputError, ResourceError
 from numoe.engine.experts.mailbox import MailboxLayout
 from numoe.engine.experts.shard import ShardSlice, plan_slice, slice_bytes
-from numoe.engine.formats import shape_of
 from numoe.engine.gguf import GgufFile
 from numoe.engine.gpu.device import Device
 from numoe.engine.gpu.kv_pool import GpuKvPool, check_kv_type
 from numoe.engine.gpu.weights import dense_bytes, work_bytes
 from numoe.engine.kv.pages import pages_for
 from numoe.engine.models.config import ModelConfig
+from numoe.engine.weights import SliceKey, choose_medium, is_loaded, source_fingerprint
+from numoe.engine.weights import slice_bytes as packed_bytes
 from numoe.engine.worker.kv_pool import F16, KvPool, KvType
-from numoe.engine.worker.weights import dense_tensor_names
+from numoe.engine.worker.weights import DENSE, dense_tensor_names, plan_dense
 
 DEFAULT_CONTEXT = 8192
 DEFAULT_SLOTS = 4
@@ -91,11 +92,14 @@ class ShardPlacement:
 class Plan:
     """Everything the actors need to know to start; a value that is sent to each of them.
 
+    model: the file to open. files: all of its files. source: their fingerprint, which weights in shared memory have.
     cpus: processors that may be used. gpu: where attention runs, None for the CPUs. dense_bytes: of
     the attention side's weights. kv_bytes: of its pages. work_bytes: of a GPU's buffers.
     """
 
     model: str
+    files: tuple[str, ...]
+    source: str
     context: int
     slots: int
     chunk: int
@@ -123,9 +127,24 @@ class Plan:
         return self.attention_threads + sum(shard.threads for shard in self.shards)
 
     @property
+    def slices(self) -> dict[SliceKey, int]:
+        """The slices of weights in shared memory, and their bytes: of each shard, and of attention on CPUs."""
+        found = {self.expert_slice(shard.index): shard.nbytes for shard in self.shards}
+        return found if self.gpu else {**found, self.dense_slice: self.dense_bytes}
+
+    def expert_slice(self, index: int) -> SliceKey:
+        """The slice of a shard."""
+        return SliceKey(source=self.source, cut=ShardSlice(index, len(self.shards)).name)
+
+    @property
+    def dense_slice(self) -> SliceKey:
+        """The slice of attention on CPUs."""
+        return SliceKey(source=self.source, cut=DENSE)
+
+    @property
     def shared_bytes(self) -> int:
-        """Bytes in shared memory: expert weights and the mailbox."""
-        return sum(shard.nbytes for shard in self.shards) + (self.mailbox.nbytes if self.mailbox else 0)
+        """Bytes in shared memory: weights and the mailbox."""
+        return sum(self.slices.values()) + (self.mailbox.nbytes if self.mailbox else 0)
 
     @property
     def attention_bytes(self) -> int:
@@ -135,7 +154,7 @@ class Plan:
     @property
     def total_bytes(self) -> int:
         """Bytes of memory that the model and its caches take, in VRAM not counted."""
-        return self.shared_bytes + (0 if self.gpu else self.attention_bytes)
+        return self.shared_bytes + (0 if self.gpu else self.kv_bytes + self.work_bytes)
 
 
 def make_plan(
@@ -163,9 +182,10 @@ def make_plan(
         count = _positive("--shards", options.shards, len(topology.compute_nodes), config.moe.ffn // 32)
         shards = _place_shards(config, gguf, topology, count, threads)
         mailbox = MailboxLayout(count, chunk + slots, config.moe.n_used, config.hidden)
-    names = dense_tensor_names(gguf)
     return Plan(
-        model=str(gguf.path.resolve()),
+        model=str(gguf.path.absolute()),
+        files=tuple(str(path.absolute()) for path in gguf.paths),
+        source=source_fingerprint(gguf.paths),
         context=context,
         slots=slots,
         chunk=chunk,
@@ -176,7 +196,7 @@ def make_plan(
         gpu=gpu,
         attention_threads=1 if gpu else threads,
         shards=shards,
-        dense_bytes=dense_bytes(gguf, names) if gpu else sum(_packed_bytes(gguf, name) for name in names),
+        dense_bytes=dense_bytes(gguf, dense_tensor_names(gguf)) if gpu else packed_bytes(plan_dense(gguf)),
         kv_bytes=(GpuKvPool if gpu else KvPool).nbytes(config, pages, options.kv_type),
         work_bytes=work_bytes(config, gguf, len(shards), chunk + slots) if gpu else 0,
         mailbox=mailbox,
@@ -200,6 +220,7 @@ def _place_shards(
 def check_memory(plan: Plan, available: int | None = None, shared: int | None = None) -> None:
     """ResourceError, saying how much is missing, if the plan does not fit the free memory of host and GPU.
 
+    What lies in shared memory already is not counted, nor what has room in huge pages that are set aside.
     available, shared: free bytes of memory and of /dev/shm, default what the host has now.
     """
     if plan.gpu and plan.attention_bytes + GPU_RESERVE > plan.gpu.free_bytes:
@@ -209,25 +230,27 @@ def check_memory(plan: Plan, available: int | None = None, shared: int | None = 
             f"{plan.gpu.name} has {_gb(plan.gpu.free_bytes)} free: lower --ctx-size, --parallel or --chunk, choose "
             "--cache-type-k q8_0 --cache-type-v q8_0, or --device cpu"
         )
+    there = sum(nbytes for key, nbytes in plan.slices.items() if is_loaded(key) or _fits_huge_pages(key, nbytes))
+    total, in_shm = plan.total_bytes - there, plan.shared_bytes - there
     available = psutil.virtual_memory().available if available is None else available
-    if plan.total_bytes > available:
+    if total > available:
         raise ResourceError(
-            f"the model needs {_gb(plan.total_bytes)} of memory ({_gb(plan.total_bytes - plan.kv_bytes)} weights, "
-            f"{_gb(plan.kv_bytes)} KV cache) and {_gb(available)} is available: {_gb(plan.total_bytes - available)} "
-            "is missing; free memory, lower --ctx-size or --parallel, or use a smaller quantization"
+            f"the model needs {_gb(total)} of memory ({_gb(total - plan.kv_bytes)} weights, "
+            f"{_gb(plan.kv_bytes)} KV cache) and {_gb(available)} is available: {_gb(total - available)} "
+            "is missing; free memory (`numoe weights list` shows what earlier servers left), lower --ctx-size or "
+            "--parallel, or use a smaller quantization"
         )
     shared = shutil.disk_usage(_SHM_FREE).free if shared is None else shared
-    if plan.shared_bytes > shared:
+    if in_shm > shared:
         raise ResourceError(
-            f"the experts need {_gb(plan.shared_bytes)} of shared memory and {_SHM_FREE} has {_gb(shared)} free: "
-            f"{_gb(plan.shared_bytes - shared)} is missing; enlarge it (mount -o remount,size=... {_SHM_FREE}; "
-            "in a container --shm-size)"
+            f"the weights need {_gb(in_shm)} of shared memory and {_SHM_FREE} has {_gb(shared)} free: "
+            f"{_gb(in_shm - shared)} is missing; enlarge it (mount -o remount,size=... {_SHM_FREE}; "
+            "in a container --shm-size), or remove what lies there (`numoe weights rm`)"
         )
 
 
-def _packed_bytes(gguf: GgufFile, name: str) -> int:
-    info = gguf.tensors[name]
-    return shape_of(info.qtype, info.rows, info.shape[-1]).nbytes if len(info.shape) > 1 else 4 * info.shape[0]
+def _fits_huge_pages(key: SliceKey, nbytes: int) -> bool:
+    return choose_medium(nbytes, key.node).kind == "hugetlbfs"
 
 
 def _positive(flag: str, value: int | None, default: int, most: int) -> int:

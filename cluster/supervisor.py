@@ -11,11 +11,12 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -26,11 +27,13 @@ from numoe.cluster.plan import Plan
 from numoe.cluster.status import ActorInfo, ActorRole, ActorState, LoadProgress
 from numoe.engine import shm
 from numoe.engine.errors import NumoeError, ResourceError, UnavailableError
+from numoe.engine.weights import CachedPages, WeightSlice, free_weights, hold_weights, is_loaded, sweep_incomplete
 
 NAMESPACE = "numoe"
 _PLACEMENT_TIMEOUT_S = 30.0
 _CALL_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 10.0
+_EXIT_TIMEOUT_S = 5.0
 _SMALL_CPUS = 0.1  # what Ray books for an actor that computes little, or alternates with others
 
 
@@ -78,8 +81,11 @@ class _Outcome:
 class Supervisor:
     """Ray actor, threaded. `launch` brings everything up; `wait` returns when it is down again."""
 
-    def __init__(self, instance: str, plan: Plan, classes: ActorClasses, endpoint: Endpoint | None) -> None:
+    def __init__(
+        self, instance: str, plan: Plan, classes: ActorClasses, endpoint: Endpoint | None, *, keep_weights: bool = False
+    ) -> None:
         self._plan, self._classes, self._endpoint, self._instance = plan, classes, endpoint, instance
+        self._keep_weights, self._weights = keep_weights, list[WeightSlice]()
         self._folder = shm.create_folder(instance)
         self._members: list[_Member] = []
         self._group: PlacementGroup | None = None
@@ -98,7 +104,7 @@ class Supervisor:
             self._place()
             worker, shards = self._member("attention"), self._of("expert")
             _get(worker.handle.create_mailbox.remote())
-            _get([member.handle.initialize.remote() for member in [worker, *shards]])
+            self._load([worker, *shards])
             _get(worker.handle.attach_experts.remote())
             if self._endpoint is not None:
                 gateway = self._member("gateway")
@@ -116,6 +122,18 @@ class Supervisor:
             self._take_down(str(error))
             raise
         return self.address
+
+    def _load(self, members: list[_Member]) -> None:
+        """Have the weights loaded or attached to, and leave the page cache as it was found."""
+        sweep_incomplete()
+        pages = None
+        if not all(is_loaded(key) for key in self._plan.slices):
+            pages = CachedPages.look(self._plan.files)
+            pages.save(self._folder)
+        _get([member.handle.initialize.remote() for member in members])
+        if pages is not None:
+            pages.drop_all()
+        self._weights = hold_weights(self._folder)
 
     def _place(self) -> None:
         plan = self._plan
@@ -194,8 +212,12 @@ class Supervisor:
 
     # --- taking down ------------------------------------------------------------------------------
 
-    def shutdown(self, deadline_s: float) -> None:
-        """Let running requests finish for `deadline_s` seconds, then take everything down; returns at once."""
+    def shutdown(self, deadline_s: float, *, keep_weights: bool = False) -> None:
+        """Let running requests finish for `deadline_s` seconds, then take everything down; returns at once.
+
+        keep_weights: leave them in shared memory for the next server of this model.
+        """
+        self._keep_weights |= keep_weights
         threading.Thread(target=self._drain, args=(deadline_s,), name="numoe-drain", daemon=True).start()
 
     def _drain(self, deadline_s: float) -> None:
@@ -247,14 +269,32 @@ class Supervisor:
             ray.kill(member.handle)
         if self._group is not None:
             remove_placement_group(self._group)
-        shm.remove_folder(self._folder)
+        self._free_memory()
         self._outcome.ended.set()
+
+    def _free_memory(self) -> None:
+        """Remove what is in shared memory, but weights that another server uses or that shall stay."""
+        for weights in self._weights:
+            weights.close()
+        if not self._keep_weights:
+            _await_exits(member.pid for member in self._members if member.host == socket.gethostname())
+            free_weights(self._folder)
+        shm.remove_folder(self._folder)
 
     def _of(self, role: ActorRole) -> list[_Member]:
         return [member for member in self._members if member.role == role]
 
     def _member(self, role: ActorRole) -> _Member:
         return self._of(role)[0]
+
+
+def _await_exits(pids: Iterable[int]) -> None:
+    """Wait until processes are gone: until then they use their weights."""
+    living = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            living.append(psutil.Process(pid))
+    psutil.wait_procs(living, timeout=_EXIT_TIMEOUT_S)
 
 
 def _get(references: Any) -> Any:

@@ -23,6 +23,7 @@ from numoe.deploy.commands.status import status
 from numoe.deploy.commands.stop import stop
 from numoe.deploy.commands.tokenize import tokenize
 from numoe.deploy.commands.version import version
+from numoe.deploy.commands.weights import weights
 
 WRONG_USAGE = 2
 
@@ -31,7 +32,7 @@ app = App(
     help="Serve giant Mixture-of-Experts models on hardware that people own.",
     version=lambda: importlib.metadata.version("numoe"),
 )
-for command in (demo, doctor, plan, serve, generate, slots, status, stop, logits, tokenize, bench, version):
+for command in (demo, doctor, plan, serve, generate, slots, status, stop, weights, logits, tokenize, bench, version):
     app.command(command)
 
 

@@ -147,9 +147,9 @@ class Client:
         response = self._call(lambda: self.models.GetModel(model_pb2.GetModelRequest(), timeout=CALL_TIMEOUT_S))
         return response.model
 
-    def shutdown(self, drain_s: float) -> int:
+    def shutdown(self, drain_s: float, *, keep_weights: bool = False) -> int:
         """Begin to stop the server, whose requests get `drain_s` seconds; returns how many ran."""
-        request = admin_pb2.ShutdownRequest()
+        request = admin_pb2.ShutdownRequest(keep_weights=keep_weights)
         request.drain_deadline.FromNanoseconds(int(drain_s * 1e9))
         return self._call(lambda: self.admin.Shutdown(request, timeout=CALL_TIMEOUT_S)).streams
 

@@ -29,6 +29,7 @@ from numoe.deploy.signals import StopSignals, uninterrupted
 from numoe.engine import shm
 from numoe.engine.errors import NumoeError, UnavailableError
 from numoe.engine.private import make_private_folder
+from numoe.engine.weights import free_weights
 
 _OWN_TEMP_DIR = f"{PRIVATE_TEMP}/{os.getpid()}"
 _OWNER_VARIABLE = "NUMOE_RAY_OWNER"
@@ -122,12 +123,14 @@ def _running_cluster() -> str:
 class Server:
     """The actors of one server, seen from the process that launched them."""
 
-    def __init__(self, plan: Plan, endpoint: Endpoint | None) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, endpoint: Endpoint | None, *, keep_weights: bool = False) -> None:
+        self.plan, self._keep_weights = plan, keep_weights
         self._instance = f"{int(time.time()):x}-{secrets.token_hex(3)}"
         classes = ActorClasses(gateway=GatewayActor, attention=AttentionActor, expert=ExpertActor)
         options = {"name": f"supervisor-{self._instance}", "lifetime": "detached", "num_cpus": 0, "max_concurrency": 16}
-        self.supervisor: Any = ray.remote(Supervisor).options(**options).remote(self._instance, plan, classes, endpoint)
+        self.supervisor: Any = ray.remote(Supervisor).options(**options).remote(
+            self._instance, plan, classes, endpoint, keep_weights=keep_weights
+        )
         self._launched = self.supervisor.launch.remote()
         StopSignals.last_words.append(self._remove_memory)
 
@@ -167,7 +170,10 @@ class Server:
 
     def _remove_memory(self) -> None:
         """Remove the shared memory, also where the supervisor is not there any more to do it."""
-        shm.remove_folder(shm.ROOT / self._instance)
+        folder = shm.ROOT / self._instance
+        if not self._keep_weights:
+            free_weights(folder)
+        shm.remove_folder(folder)
 
 
 def unwrap(reference: Any) -> Any:

@@ -54,8 +54,13 @@ def plan_model(path: str | Path, options: PlanOptions) -> tuple[Plan, KernelBuil
 
 
 @contextmanager
-def running_server(path: str | Path, options: PlanOptions, endpoint: Endpoint | None) -> Iterator[Server]:
-    """A server that is up inside the block and gone after it; without an endpoint, one without a gateway."""
+def running_server(
+    path: str | Path, options: PlanOptions, endpoint: Endpoint | None, *, keep_weights: bool = False
+) -> Iterator[Server]:
+    """A server that is up inside the block and gone after it; without an endpoint, one without a gateway.
+
+    keep_weights: they stay in shared memory.
+    """
     if endpoint is not None:
         check_endpoint(endpoint)
     plan, build = plan_model(path, options)
@@ -67,7 +72,7 @@ def running_server(path: str | Path, options: PlanOptions, endpoint: Endpoint | 
         try:
             started_here = start_ray()
             _show_compiling(build)
-            server = Server(plan, endpoint)
+            server = Server(plan, endpoint, keep_weights=keep_weights)
             _show_loading(server)
             yield server
         finally:
@@ -110,5 +115,7 @@ def _show_loading(server: Server) -> None:
 
 
 def _loaded(actor: LoadProgress) -> str:
+    if actor.done and not actor.seconds:
+        return f"{actor.done / 1e9:.2f} GB lay in shared memory"
     rate = actor.done / actor.seconds / 1e9 if actor.seconds else 0.0
     return f"{actor.done / 1e9:.2f} of {actor.total / 1e9:.2f} GB, {rate:.2f} GB/s"

@@ -21,6 +21,16 @@ class Progress:
             if self._done >= self.total:
                 self._end = time.monotonic()
 
+    def finish(self) -> None:
+        """Everything is loaded, whatever was counted."""
+        with self._lock:
+            self._done, self._end = self.total, time.monotonic()
+
+    def skip(self) -> None:
+        """Everything was there before: it took no time."""
+        with self._lock:
+            self._done, self._end = self.total, self._start
+
     def snapshot(self) -> tuple[int, int, float]:
         """Bytes done, bytes to do, seconds since the start (until the end, once there)."""
         with self._lock:

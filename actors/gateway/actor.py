@@ -97,9 +97,9 @@ class RayEngineClient:
         found: list[ActorInfo] = await _call(self._supervisor.actors.remote())
         return found
 
-    async def shutdown(self, deadline_s: float) -> None:
+    async def shutdown(self, deadline_s: float, *, keep_weights: bool) -> None:
         """Begin to stop the server."""
-        await _call(self._supervisor.shutdown.remote(deadline_s))
+        await _call(self._supervisor.shutdown.remote(deadline_s, keep_weights=keep_weights))
 
 
 async def _call(reference: Awaitable[T]) -> T:

@@ -83,7 +83,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         violations.raise_if_any()
         streams = len(self._streams)
         await self._lifecycle.set_draining()
-        await self._engine.shutdown(deadline_s)
+        await self._engine.shutdown(deadline_s, keep_weights=request.keep_weights)
         return pb.ShutdownResponse(streams=streams)
 
 

@@ -64,10 +64,11 @@ class EngineClient(Protocol):
     async def actors(self) -> list[ActorInfo]:
         """List the server's processes, the gateway included."""
 
-    async def shutdown(self, deadline_s: float) -> None:
+    async def shutdown(self, deadline_s: float, *, keep_weights: bool) -> None:
         """Begin to stop the server and return at once.
 
-        The running requests get `deadline_s` seconds; the gateway is the last to go.
+        The running requests get `deadline_s` seconds; the gateway is the last to go. keep_weights: they
+        stay in shared memory.
         """
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
 
 from numoe.deploy.commands.caching import NO_FLAGS, Caching
 from numoe.deploy.commands.placement import ANYWHERE, Placement
@@ -27,6 +29,7 @@ def serve(
     parallel: int | None = None,
     chunk: int | None = None,
     queue: int | None = None,
+    keep_weights: Annotated[bool, Parameter(negative=())] = False,
     placement: Placement = ANYWHERE,
     caching: Caching = NO_FLAGS,
     listening: Listening = LOOPBACK,
@@ -46,6 +49,8 @@ def serve(
         Prompt tokens that one step takes in; if not given, 256, or 2048 on a GPU. Running answers wait no longer.
     queue
         Requests that may wait for a slot; 64 if not given.
+    keep_weights
+        Leave the packed weights in shared memory when the server ends, for the next one; see `numoe weights`.
     placement
         Where the model runs.
     caching
@@ -59,16 +64,16 @@ def serve(
             options = placement.plan_options(
                 context=ctx_size, slots=parallel, chunk=chunk, queue=queue, cache=caching.options()
             )
-            _serve(signals, model, listening.endpoint(), options)
+            _serve(signals, model, listening.endpoint(), options, keep_weights=keep_weights)
         except KeyboardInterrupt:
             print("numoe: stopped while starting", file=sys.stderr)
     return 0
 
 
-def _serve(signals: StopSignals, model: str, endpoint: Endpoint, options: PlanOptions) -> None:
+def _serve(signals: StopSignals, model: str, endpoint: Endpoint, options: PlanOptions, *, keep_weights: bool) -> None:
     from numoe.deploy.launch import running_server
 
-    with running_server(model, options, endpoint) as server:
+    with running_server(model, options, endpoint, keep_weights=keep_weights) as server:
         signals.started()
         print(f"numoe serves {server.plan.model} at {server.address} (Ctrl-C stops it)", flush=True)
         if endpoint.insecure and not endpoint.is_protected:

@@ -7,6 +7,9 @@ import socket
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from numoe.deploy.client import POLL_S, Client
 from numoe.deploy.commands.security import DEFAULT, Connection
@@ -17,20 +20,27 @@ from numoe.v1 import admin_pb2
 CLEANUP_S = 30.0  # what the processes get after the last request
 
 
-def stop(*, timeout: float = 30.0, connection: Connection = DEFAULT) -> int:
+def stop(
+    *,
+    timeout: float = 30.0,
+    keep_weights: Annotated[bool, Parameter(negative=())] = False,
+    connection: Connection = DEFAULT,
+) -> int:
     """Stop a server: it takes no new requests, finishes the running ones, and ends.
 
     Parameters
     ----------
     timeout
         Seconds that running requests get; after it they are cut off.
+    keep_weights
+        Leave the packed weights in shared memory: the next `numoe serve` of the model attaches to them at once.
     connection
         How the server is reached.
 
     """
     with one_line_errors(), connection.client() as client:
         pids = local_pids(client.status().actors)
-        running = client.shutdown(max(0.0, timeout))
+        running = client.shutdown(max(0.0, timeout), keep_weights=keep_weights)
         if running:
             print(f"waiting up to {timeout:g} s for {running} running requests (Ctrl-C leaves them be)")
         try:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from numoe.engine.cpu.memory import address, align, aligned_bytes, aligned_copy, record
-from numoe.engine.cpu.packing import pack
+from numoe.engine.cpu.memory import ALIGNMENT, address, align, aligned_bytes, aligned_copy, record
 from numoe.engine.cpu.products import product_kernel
 from numoe.engine.cpu.rows import activation_bytes
 from numoe.engine.cpu.sync import BARRIER_BYTES, CACHE_LINE, handoff_spins
@@ -20,7 +18,16 @@ from numoe.engine.formats import BLOCK_COLS, Shape, shape_of
 from numoe.engine.gguf import GgufFile
 from numoe.engine.models.config import ModelConfig
 from numoe.engine.progress import Progress
-from numoe.engine.shm import SharedSegment
+from numoe.engine.weights import (
+    CachedPages,
+    PackedTensor,
+    SharedReads,
+    SliceKey,
+    WeightSlice,
+    link_slice,
+    open_tensors,
+    source_fingerprint,
+)
 
 PARTS = ("gate", "up", "down")
 
@@ -36,6 +43,11 @@ class ShardSlice:
         """The range of 32-column blocks, as equal as they divide."""
         total = intermediate // BLOCK_COLS
         return total * self.index // self.count, total * (self.index + 1) // self.count
+
+    @property
+    def name(self) -> str:
+        """What its weights are called."""
+        return f"experts-{self.index}-of-{self.count}"
 
 
 @dataclass(frozen=True)
@@ -78,43 +90,58 @@ def plan_slice(config: ModelConfig, gguf: GgufFile, cut: ShardSlice) -> dict[int
 
 def slice_bytes(plan: dict[int, list[ExpertMatrices]]) -> int:
     """Bytes of a shard's weights."""
-    return max((m.offset + align(m.nbytes) for layer in plan.values() for m in layer), default=0)
+    return max((m.offset + align(m.nbytes) for layer in plan.values() for m in layer), default=0) or ALIGNMENT
 
 
 class ExpertShard:
-    """Loads a slice into shared memory, then serves requests until stopped."""
+    """Has a slice in shared memory, and serves requests until stopped.
+
+    folder: of the server, where the slice is linked. key: of the slice; by default on no node, of the model's
+    files as they are now.
+    """
 
     def __init__(
         self, config: ModelConfig, gguf: GgufFile, mailbox: Mailbox, cut: ShardSlice,
-        *, folder: Path, threads: int, threads_on_host: int,
+        *, folder: Path, threads: int, threads_on_host: int, key: SliceKey | None = None,
     ) -> None:  # fmt: skip
-        self._config, self._gguf, self._mailbox, self._cut = config, gguf, mailbox, cut
+        self._config, self._gguf, self._mailbox, self._cut, self._folder = config, gguf, mailbox, cut, folder
         self._threads, self._spins = threads, handoff_spins(threads_on_host)
+        self._key = key or SliceKey(source=source_fingerprint(gguf.paths), cut=cut.name)
         self._plan = plan_slice(config, gguf, cut)
         self.nbytes = slice_bytes(self._plan)
-        self.progress = Progress(self.nbytes)
-        self._segment = SharedSegment.create(folder / f"experts-{cut.index}", max(1, self.nbytes))
+        self.progress = Progress(sum(m.nbytes for layer in self._plan.values() for m in layer))
         self._running: list[threading.Thread] = []
 
-    def load(self) -> None:
-        """Read, pack and place the slice, on all of the shard's threads."""
-        jobs = [(m, expert) for layer in self._plan.values() for m in layer for expert in range(m.experts)]
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="numoe-load") as pool:
-            list(pool.map(self._load_expert, jobs))
+    def load(self, pages: CachedPages | None = None) -> WeightSlice:
+        """Attach to the slice, or read, pack and place it on all of the shard's threads: see `weights/loading.py`.
 
-    def _load_expert(self, job: tuple[ExpertMatrices, int]) -> None:
-        matrices, expert = job
-        shape, info = matrices.shape, self._gguf.tensors[matrices.tensor]
-        start = matrices.offset + expert * shape.nbytes
-        out, raw = self._segment.array[start : start + shape.nbytes], self._gguf.read(matrices.tensor)[expert]
-        if shape.nbytes == 0:
-            return
-        if matrices.part == "down":
-            pack(raw, info.qtype, out, self._cut.blocks(info.shape[2]))
-        else:
-            first, last = self._cut.blocks(info.shape[1])
-            pack(raw[BLOCK_COLS * first : BLOCK_COLS * last], info.qtype, out)
-        self.progress.advance(shape.nbytes)
+        pages: of the model's files that were in the page cache; the others leave it when every shard has read them.
+        """
+        reads = None
+        if pages is not None and self._cut.count > 1:
+            reads = SharedReads.open(self._folder / "reads", self._cut.index, self._cut.count, len(self._plan))
+        self._weights = open_tensors(
+            self._key, self._gguf, self._packed_tensors(), self.progress,
+            threads=self._threads, pages=pages, reads=reads,
+        )  # fmt: skip
+        link_slice(self._folder, self._cut.name, self._weights)
+        return self._weights
+
+    def _packed_tensors(self) -> list[PackedTensor]:
+        found = []
+        for matrices in (m for layer in self._plan.values() for m in layer):
+            info, is_down = self._gguf.tensors[matrices.tensor], matrices.part == "down"
+            _, rows, cols = info.shape
+            first, last = self._cut.blocks(cols if is_down else rows)
+            found.append(
+                PackedTensor(
+                    info, matrices.shape, matrices.offset, matrices.experts,
+                    rows=(0, rows) if is_down else (BLOCK_COLS * first, BLOCK_COLS * last),
+                    blocks=(first, last) if is_down else None,
+                    shared=is_down and self._cut.count > 1,
+                )
+            )  # fmt: skip
+        return found
 
     def start(self) -> None:
         """Start the threads that serve the mailbox."""
@@ -135,9 +162,13 @@ class ExpertShard:
         for thread in self._running:
             thread.join()
 
+    def close(self) -> None:
+        """Give up the slice; no thread may be serving."""
+        self._weights.close()
+
     def _layer_records(self) -> np.ndarray:
         layers = np.zeros((self._config.n_layers, LAYER_FIELDS), np.int64)
-        base = address(self._segment.array)
+        base = address(self._weights.array)
         for layer, parts in self._plan.items():
             fields: list[int] = []
             for m in parts:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from numoe.engine.cpu.memory import address, align
-from numoe.engine.experts.shard import ExpertMatrices, ShardSlice, plan_slice, slice_bytes
+from numoe.engine.experts.shard import ExpertMatrices, ShardSlice, plan_slice
 from numoe.engine.formats import BLOCK_COLS
 from numoe.engine.gguf import GgufFile
 from numoe.engine.gpu import gemm
@@ -25,7 +25,7 @@ from numoe.engine.gpu.compiler import module
 from numoe.engine.gpu.device import cupy
 from numoe.engine.gpu.registered import RegisteredMemory
 from numoe.engine.models.config import ModelConfig
-from numoe.engine.shm import SharedSegment
+from numoe.engine.weights import WeightSlice, linked
 
 if TYPE_CHECKING:
     import cupy as cp
@@ -49,7 +49,7 @@ class _Portion:
 class StreamedExperts:
     """The experts of all layers, for steps of up to `max_rows` rows.
 
-    folder: of the shards' shared memory. shards: how many there are.
+    folder: of the server, with links to the shards' slices. shards: how many there are.
     """
 
     def __init__(self, config: ModelConfig, gguf: GgufFile, folder: Path, shards: int, max_rows: int) -> None:
@@ -58,8 +58,7 @@ class StreamedExperts:
         self._slices = [plan_slice(config, gguf, ShardSlice(i, shards)) for i in range(shards)]
         self._ranges = [ShardSlice(i, shards).blocks(config.moe.ffn) for i in range(shards)]
         self._segments = [
-            SharedSegment.attach(folder / f"experts-{i}", max(1, slice_bytes(plan)))
-            for i, plan in enumerate(self._slices)
+            WeightSlice.open(linked(folder, ShardSlice(i, shards).name), writable=True) for i in range(shards)
         ]
         self._memory = [RegisteredMemory(segment.array) for segment in self._segments]
         per_portion, self._packed_bytes = _portion_size(self._slices)

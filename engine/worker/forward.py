@@ -48,7 +48,7 @@ from numoe.engine.worker.buffers import Rows
 from numoe.engine.worker.kv_pool import KvPool
 from numoe.engine.worker.options import ForwardOptions
 from numoe.engine.worker.pages import CpuPages
-from numoe.engine.worker.weights import DenseWeights, PackedMatrix, dense_tensor_names
+from numoe.engine.worker.weights import DenseWeights, PackedMatrix
 
 LOGITS_AT_ONCE = 16
 """Rows of logits that are computed together; more are done in turns."""
@@ -61,7 +61,7 @@ class CpuForward:
         self, config: ModelConfig, gguf: GgufFile, mailbox: Mailbox | None, options: ForwardOptions, progress: Progress
     ) -> None:
         self.config, self.options, self._mailbox = config, options, mailbox
-        self.weights = DenseWeights(gguf, dense_tensor_names(gguf), options.threads, progress)
+        self.weights = DenseWeights(gguf, options, progress)
         self.pool = KvPool(config, options.n_pages, options.kv_type)
         self.pages = CpuPages(config, self.pool)
         self._step = record([0] * STEP_FIELDS)

@@ -10,7 +10,21 @@ from numoe.engine.kv.port import PagePort
 from numoe.engine.models.config import ModelConfig
 from numoe.engine.sampling import StepLogits
 from numoe.engine.scheduler import Batch
+from numoe.engine.weights import CachedPages, SliceKey
 from numoe.engine.worker.kv_pool import F16, KvType
+
+
+@dataclass(frozen=True)
+class SharedWeights:
+    """Where the weights of the attention side lie in shared memory.
+
+    folder: of the server, where they are linked. key: of their slice. pages: of the model's files that
+    were in the page cache.
+    """
+
+    folder: Path
+    key: SliceKey
+    pages: CachedPages | None = None
 
 
 @dataclass(frozen=True)
@@ -19,7 +33,8 @@ class ForwardOptions:
 
     max_rows: rows of a step at most. slots: sequences. n_pages: KV pages. context: tokens of a
     sequence at most. threads: of the team; threads_on_host: of all actors on this host together.
-    shard_bound_s: how long a shard may show no sign of life. kv_type: of the KV cache.
+    shard_bound_s: how long a shard may show no sign of life. kv_type: of the KV cache. shared: where a CPU's
+    weights lie, None for memory of the process.
     """
 
     max_rows: int
@@ -30,6 +45,7 @@ class ForwardOptions:
     threads_on_host: int
     shard_bound_s: float = 5.0
     kv_type: KvType = F16
+    shared: SharedWeights | None = None
 
 
 class Forward(Protocol):

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from numoe.engine.cpu.memory import address, aligned_bytes, aligned_copy
-from numoe.engine.cpu.packing import pack
+from numoe.engine.cpu.memory import address, align, aligned_bytes
 from numoe.engine.cpu.products import product_kernel, unpack_kernel
-from numoe.engine.formats import GROUP_ROWS, Shape, shape_of
+from numoe.engine.formats import Shape, shape_of
 from numoe.engine.gguf import GgufFile
 from numoe.engine.progress import Progress
+from numoe.engine.weights import PackedTensor, link_slice, load_tensors, open_tensors, slice_bytes
+from numoe.engine.worker.options import ForwardOptions
 
-_PART_GROUPS = 1024  # groups that one thread packs at a time
+DENSE: Final = "dense"
+"""What the slice of the attention side is called."""
 
 
 def dense_tensor_names(gguf: GgufFile) -> list[str]:
@@ -53,29 +54,35 @@ class PackedMatrix:
 
 
 class DenseWeights:
-    """The tensors of the attention side, packed in parallel as they are loaded."""
+    """The tensors of the attention side, packed: one slice, in shared memory or in memory of its own."""
 
-    def __init__(self, gguf: GgufFile, names: Iterable[str], threads: int, progress: Progress) -> None:
+    def __init__(self, gguf: GgufFile, options: ForwardOptions, progress: Progress) -> None:
+        tensors, threads, shared = plan_dense(gguf), options.threads, options.shared
+        self.nbytes = slice_bytes(tensors)
+        if shared is None:
+            array = aligned_bytes(self.nbytes)
+            load_tensors(array, tensors, progress, threads)
+        else:
+            self._slice = open_tensors(shared.key, gguf, tensors, progress, threads=threads, pages=shared.pages)
+            link_slice(shared.folder, DENSE, self._slice)
+            array = self._slice.array
         self.matrices: dict[str, PackedMatrix] = {}
         self.vectors: dict[str, npt.NDArray[np.float32]] = {}
-        with ThreadPoolExecutor(threads, thread_name_prefix="numoe-load") as pool:
-            for name in names:
-                if len(gguf.tensors[name].shape) == 1:
-                    self.vectors[name] = aligned_copy(gguf.dequantize(name))
-                else:
-                    self.matrices[name] = _load_matrix(gguf, name, pool, progress)
+        for packed in tensors:
+            data = array[packed.offset : packed.offset + packed.nbytes]
+            if packed.shape is None:
+                self.vectors[packed.tensor.name] = data.view(np.float32)
+            else:
+                self.matrices[packed.tensor.name] = PackedMatrix(packed.shape, data)
 
 
-def _load_matrix(gguf: GgufFile, name: str, pool: ThreadPoolExecutor, progress: Progress) -> PackedMatrix:
-    info, raw = gguf.tensors[name], gguf.read(name)
-    shape = shape_of(info.qtype, info.rows, info.shape[-1])
-    matrix = PackedMatrix(shape, aligned_bytes(shape.nbytes))
-    groups = matrix.data.reshape(shape.groups, shape.group_bytes)
-
-    def load_part(start: int) -> None:
-        rows = raw[start * GROUP_ROWS : (start + _PART_GROUPS) * GROUP_ROWS]
-        pack(rows, info.qtype, groups[start : start + _PART_GROUPS].reshape(-1))
-        progress.advance(groups[start : start + _PART_GROUPS].nbytes)
-
-    list(pool.map(load_part, range(0, shape.groups, _PART_GROUPS)))
-    return matrix
+def plan_dense(gguf: GgufFile) -> list[PackedTensor]:
+    """Where each tensor lies in the slice of the attention side."""
+    plan, offset = [], 0
+    for name in dense_tensor_names(gguf):
+        info = gguf.tensors[name]
+        is_vector = len(info.shape) == 1
+        shape = None if is_vector else shape_of(info.qtype, info.rows, info.shape[-1])
+        plan.append(PackedTensor(info, shape, offset, rows=(0, info.rows)))
+        offset = align(offset + plan[-1].nbytes)
+    return plan

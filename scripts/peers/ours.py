@@ -22,6 +22,7 @@ from numoe.engine.experts.mailbox import (
 from numoe.engine.experts.shard import ExpertShard, ShardSlice
 from numoe.engine.gguf import GgufFile
 from numoe.engine.models.config import ModelConfig
+from numoe.engine.weights import free_weights
 from peers.job import Ids, Job, Result, time_experts
 
 _READ_BYTES, _READS = 600_000_000, 5
@@ -70,7 +71,9 @@ def experts(job: Job) -> Result:
         finally:
             mailbox.stop_shards()
             shard.join()
+            shard.close()
     finally:
+        free_weights(folder)
         shm.remove_folder(folder)
     return Result(
         format="+".join(sorted(kinds)),

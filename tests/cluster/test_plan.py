@@ -14,8 +14,10 @@ from numoe.engine.experts.shard import ExpertShard, ShardSlice
 from numoe.engine.gguf import GgufFile
 from numoe.engine.models.config import ModelConfig
 from numoe.engine.progress import Progress
+from numoe.engine.weights import hold_weights, is_loaded, media
 from numoe.engine.worker.kv_pool import KvPool
-from numoe.engine.worker.weights import DenseWeights, dense_tensor_names
+from numoe.engine.worker.options import ForwardOptions, SharedWeights
+from numoe.engine.worker.weights import DenseWeights
 from tests.models import make_model
 
 TWO_NODES = Topology(
@@ -75,25 +77,35 @@ def test_missing_memory_is_named(model: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"attn_type": "Q8_0", "experts_type": "IQ4_XS", "embd_type": "Q6_K"}])
-def test_what_is_counted_is_what_is_allocated(tmp_path: Path, options: dict[str, str]) -> None:
+def test_what_is_counted_is_what_is_allocated(
+    tmp_path: Path, options: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(media, "SHM", tmp_path)
     path = make_model(tmp_path / "m.gguf", "qwen3moe", hidden=256, expert_ffn=256, vocab=283, **options)
     placed = plan(path, shards=3, context=300, slots=2)
     with GgufFile.open(path) as gguf:
         config = ModelConfig.from_gguf(gguf)
-        loaded = Progress(placed.dense_bytes)
-        weights = DenseWeights(gguf, dense_tensor_names(gguf), 2, loaded)
+        options = ForwardOptions(
+            max_rows=1, slots=1, n_pages=1, context=1, threads=2, threads_on_host=2,
+            shared=SharedWeights(tmp_path, placed.dense_slice),
+        )  # fmt: skip
+        dense = DenseWeights(gguf, options, Progress(1))
         mailbox = Mailbox.create(str(tmp_path / "mailbox"), placed.mailbox)
-        shards = [
-            ExpertShard(config, gguf, mailbox, ShardSlice(i, 3), folder=tmp_path, threads=1, threads_on_host=1)
+        slices = [
+            ExpertShard(
+                config, gguf, mailbox, ShardSlice(i, 3),
+                folder=tmp_path, threads=1, threads_on_host=1, key=placed.expert_slice(i),
+            ).load()
             for i in range(3)
-        ]
-    dense = [matrix.data for matrix in weights.matrices.values()] + list(weights.vectors.values())
-    assert placed.dense_bytes == sum(array.nbytes for array in dense)
-    assert [shard.nbytes for shard in placed.shards] == [shard.nbytes for shard in shards]
-    assert placed.shared_bytes == sum(file.stat().st_size for file in tmp_path.iterdir() if file != path)
+        ]  # fmt: skip
+    assert placed.dense_bytes == dense.nbytes
+    assert [shard.nbytes for shard in placed.shards] == [found.array.nbytes for found in slices]
+    mapped = sum(found.header.nbytes for found in hold_weights(tmp_path)) + (tmp_path / "mailbox").stat().st_size
+    assert placed.shared_bytes == mapped
+    assert all(map(is_loaded, placed.slices))
     assert placed.kv_bytes <= KvPool(config, placed.n_pages, placed.kv_type).data.nbytes <= placed.kv_bytes + 64
     assert placed.n_pages == 4
-    assert placed.total_bytes == placed.dense_bytes + placed.kv_bytes + placed.shared_bytes
+    assert placed.total_bytes == placed.kv_bytes + placed.shared_bytes
 
 
 def test_a_dense_model_has_no_shards(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_status_shows_the_server() -> None:
 def test_stop_waits_until_the_server_is_gone() -> None:
     with background() as server:
 
-        async def shutdown(deadline_s: float) -> None:
+        async def shutdown(deadline_s: float, *, keep_weights: bool) -> None:
             server.engine.shutdowns.append(deadline_s)
             server.loop.call_later(0.5, lambda: server.loop.create_task(server.gateway.server.stop(0)))
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from numoe.engine import shm
+from numoe.engine.weights import source_fingerprint, stored_slices
 
 NUMOE = str(Path(sysconfig.get_path("scripts")) / "numoe")
 SHM = shm.ROOT
@@ -41,6 +42,7 @@ class ServeProcess:
         if found is None:
             raise AssertionError(f"numoe serve said {line!r} and {self.process.communicate()[1]!r}")
         self.address = found.group(1)
+        self._source = source_fingerprint([model])
         self.pids = {p.pid for p in psutil.Process(self.process.pid).children(recursive=True)}
 
     def generate(self, *args: object) -> dict:
@@ -72,11 +74,14 @@ class ServeProcess:
             return probe.connect_ex((host, int(port))) != 0
 
     def left_over(self, patience: float = 10) -> list[str]:
-        """Processes and shared-memory files that outlive the server (test-* are other tests')."""
+        """Processes, shared-memory files and weights that outlive the server (test-* are other tests')."""
         end = time.monotonic() + patience
-        while (found := [*self._living(), *map(str, SHM.glob("[!t]*"))]) and time.monotonic() < end:
+        while (found := [*self._living(), *map(str, SHM.glob("[!t]*")), *self._weights()]) and time.monotonic() < end:
             time.sleep(0.2)
         return found
+
+    def _weights(self) -> list[str]:
+        return [str(found.path) for found in stored_slices() if found.fingerprint == self._source]
 
     def _living(self) -> Iterator[str]:
         for pid in self.pids:

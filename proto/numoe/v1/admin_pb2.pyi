@@ -517,6 +517,9 @@ class ShutdownRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DRAIN_DEADLINE_FIELD_NUMBER: _builtins.int
+    KEEP_WEIGHTS_FIELD_NUMBER: _builtins.int
+    keep_weights: _builtins.bool
+    """Leave the packed weights in shared memory for the next server of this model."""
     @_builtins.property
     def drain_deadline(self) -> _duration_pb2.Duration:
         """How long running requests may take; after it they are cut off. Zero: at once. Absent: 30 s."""
@@ -525,10 +528,11 @@ class ShutdownRequest(_message.Message):
         self,
         *,
         drain_deadline: _duration_pb2.Duration | None = ...,
+        keep_weights: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["drain_deadline", b"drain_deadline"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain_deadline", b"drain_deadline"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain_deadline", b"drain_deadline", "keep_weights", b"keep_weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -104,6 +104,7 @@ class ScriptedEngine(ScriptedSlots):
     requests: list[GenerationRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     shutdowns: list[float] = field(default_factory=list)
+    keeps_weights: bool = False
     running: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     abort_seen: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -150,8 +151,9 @@ class ScriptedEngine(ScriptedSlots):
             ActorInfo(role="expert", pid=2, host="box", numa_node=0, state="restarting", restarts=3),
         ]
 
-    async def shutdown(self, deadline_s: float) -> None:
+    async def shutdown(self, deadline_s: float, *, keep_weights: bool) -> None:
         self.shutdowns.append(deadline_s)
+        self.keeps_weights = keep_weights
 
     async def _replay(self, request: GenerationRequest) -> None:
         request_id, prompt = request.request_id, len(request.token_ids)

@@ -97,7 +97,10 @@ async def test_status_answers_while_the_worker_is_down() -> None:
 @in_loop
 async def test_shutdown_drains_and_tells_the_supervisor() -> None:
     async with serving() as gateway:
-        await gateway.admin.Shutdown(admin_pb2.ShutdownRequest(drain_deadline=Duration(seconds=2)))
+        await gateway.admin.Shutdown(
+            admin_pb2.ShutdownRequest(drain_deadline=Duration(seconds=2), keep_weights=True)
+        )
+        assert gateway.engine.keeps_weights
         await gateway.admin.Shutdown(admin_pb2.ShutdownRequest())
         assert gateway.engine.shutdowns == [2.0, 30.0]
         assert (await gateway.refused()).code is grpc.StatusCode.UNAVAILABLE

@@ -9,10 +9,11 @@ import faulthandler
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType as QuantType
@@ -33,6 +34,7 @@ from numoe.engine.formats import shape_of
 from numoe.engine.scheduler import Batch
 from numoe.engine.worker import forward as worker_forward
 from numoe.engine.worker.kv_pool import KvType
+from numoe.engine.worker.weights import DenseWeights
 from tests.engine.cpu.guard import SIDES, GuardedMemory, offsets
 from tests.engine.cpu.support import ALL_FORMATS, Matrix, random_weights
 from tests.engine.cpu.test_products import as_seen
@@ -178,7 +180,7 @@ def guarded_shard(memory: GuardedMemory) -> type[ExpertShard]:
             records = super()._layer_records()
             for layer, parts in self._plan.items():
                 for i, m in enumerate(parts):
-                    data = memory.copy(self._segment.array[m.offset : m.offset + m.nbytes])
+                    data = memory.copy(self._weights.array[m.offset : m.offset + m.nbytes])
                     records[layer, loop.MATRIX_FIELDS * i + loop.ADDRESS] = address(data)
             return records
 
@@ -193,6 +195,18 @@ def guarded_shard(memory: GuardedMemory) -> type[ExpertShard]:
             return record
 
     return GuardedShard
+
+
+def guarded_dense(memory: GuardedMemory) -> type[DenseWeights]:
+    """Weights of the attention side with forbidden pages between them."""
+
+    class GuardedDense(DenseWeights):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.matrices = {n: replace(m, data=memory.copy(m.data)) for n, m in self.matrices.items()}
+            self.vectors = {name: memory.copy(vector) for name, vector in self.vectors.items()}
+
+    return GuardedDense
 
 
 def logits(path: Path, case: Pass, rows: int, threads: int, keep: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -227,6 +241,7 @@ def check_pass(memory: GuardedMemory, case: Pass) -> None:
             with memory.everywhere() as patch:
                 patch.setattr(worker_forward, "ThreadTeam", NamingTeam)
                 patch.setattr(local, "ExpertShard", guarded_shard(memory))
+                patch.setattr(worker_forward, "DenseWeights", guarded_dense(memory))
                 patch.setattr(local, "MailboxLayout", partial(GuardedLayout, side=memory.side))
                 patch.setattr(Mailbox, "create", partial(guarded_mailbox, memory))
                 found = logits(path, case, rows, threads, memory.copy)

@@ -30,6 +30,7 @@ from numoe.engine.experts.shard import ExpertShard, ShardSlice
 from numoe.engine.formats import packed_format
 from numoe.engine.gguf import GgufFile
 from numoe.engine.models.config import ModelConfig
+from numoe.engine.weights import free_weights
 from tests.models import Weights, build_model
 
 HIDDEN, FFN, EXPERTS, USED, MAX_ROWS, LAYER = 256, 512, 5, 2, 40, 1
@@ -96,7 +97,8 @@ def running(model: Path, shards: int, threads: int = 2, sequence: int = 0) -> It
             cut = ShardSlice(index, shards)
             crew.append(ExpertShard(config, gguf, mailbox, cut, folder=folder, threads=threads, threads_on_host=99))
             crew[-1].load()
-            assert crew[-1].progress.snapshot()[0] == crew[-1].nbytes
+            done, total, _ = crew[-1].progress.snapshot()
+            assert done == total
             crew[-1].start()
         try:
             yield Client(mailbox)
@@ -104,6 +106,8 @@ def running(model: Path, shards: int, threads: int = 2, sequence: int = 0) -> It
             mailbox.stop_shards()
             for shard in crew:
                 shard.join()
+                shard.close()
+            free_weights(folder)
             shm.remove_folder(folder)
 
 

@@ -18,6 +18,7 @@ from numoe.engine.kv.pages import pages_for
 from numoe.engine.models.config import ModelConfig
 from numoe.engine.progress import Progress
 from numoe.engine.scheduler import Batch
+from numoe.engine.weights import free_weights
 from numoe.engine.worker.forward import CpuForward
 from numoe.engine.worker.kv_pool import F16, KvType
 from numoe.engine.worker.options import Forward, ForwardOptions
@@ -61,6 +62,8 @@ def local_forward(
             mailbox.stop_shards()
             for shard in running:
                 shard.join()
+                shard.close()
+        free_weights(folder)
         shm.remove_folder(folder)
 
 

@@ -1,0 +1,41 @@
+"""Packed weights in named shared memory: they outlive the process that loaded them."""
+
+from numoe.engine.weights.inventory import (
+    StoredSlice,
+    free_weights,
+    hold_weights,
+    is_loaded,
+    link_slice,
+    linked,
+    stored_slices,
+    sweep_incomplete,
+    verify_slice,
+)
+from numoe.engine.weights.loading import PackedTensor, load_tensors, open_tensors, slice_bytes
+from numoe.engine.weights.media import choose_medium
+from numoe.engine.weights.pages import CachedPages, SharedReads
+from numoe.engine.weights.slices import SliceKey, WeightSlice, remove_slice
+from numoe.engine.weights.source import source_fingerprint
+
+__all__ = [
+    "CachedPages",
+    "PackedTensor",
+    "SharedReads",
+    "SliceKey",
+    "StoredSlice",
+    "WeightSlice",
+    "choose_medium",
+    "free_weights",
+    "hold_weights",
+    "is_loaded",
+    "link_slice",
+    "linked",
+    "load_tensors",
+    "open_tensors",
+    "remove_slice",
+    "slice_bytes",
+    "source_fingerprint",
+    "stored_slices",
+    "sweep_incomplete",
+    "verify_slice",
+]

@@ -1,0 +1,111 @@
+"""The kinds of memory that weights may lie in, best first: hugetlbfs, transparent huge pages, plain pages."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from numoe.engine.numa import PAGE_BYTES
+
+Kind = Literal["hugetlbfs", "transparent", "plain"]
+
+SHM: Final = Path("/dev/shm")  # noqa: S108 - shared memory is what this is for
+_HUGE: Final = Path("/sys/kernel/mm/hugepages")
+_NODES: Final = Path("/sys/devices/system/node")
+_SHMEM_ENABLED: Final = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+_UNITS: Final = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_HUGE_TMPFS: Final = ("always", "within_size", "advise")
+
+
+@dataclass(frozen=True)
+class Medium:
+    """A file system for weights: its kind, the folder for them, the bytes of its pages."""
+
+    kind: Kind
+    folder: Path
+    page_bytes: int
+
+    def free_bytes(self, node: int | None = None) -> int:
+        """Bytes that are free in it, on a node if it has pages of its own there."""
+        if self.kind != "hugetlbfs":
+            status = os.statvfs(SHM)
+            return status.f_bavail * status.f_frsize
+        name = f"hugepages-{self.page_bytes >> 10}kB"
+        pages = _number(_HUGE / name / "free_hugepages") - _number(_HUGE / name / "resv_hugepages")
+        if node is not None and (of_node := _NODES / f"node{node}" / "hugepages" / name).is_dir():
+            pages = min(pages, _number(of_node / "free_hugepages"))
+        return max(0, pages) * self.page_bytes
+
+
+def weights_root() -> Path:
+    """The folder that names every slice of this user: /dev/shm/numoe, or one with the user's id if that is another's.
+
+    It may not exist yet. A slice in hugetlbfs is a link here.
+    """
+    own, shared = SHM / f"numoe-weights-{os.getuid()}", SHM / "numoe"
+    if own.exists():
+        return own
+    return shared if is_private(shared) or not os.path.lexists(shared) else own
+
+
+def is_private(folder: Path) -> bool:
+    """Whether it is a folder that this user owns and nobody else may enter."""
+    try:
+        status = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
+
+
+def choose_medium(nbytes: int, node: int | None = None) -> Medium:
+    """The best kind of memory that has room for a slice; plain pages if none has."""
+    for medium in huge_media():
+        if medium.free_bytes(node) >= nbytes:
+            return medium
+    return shm_medium()
+
+
+def shm_medium() -> Medium:
+    """What /dev/shm gives: huge pages if its mount options or the system's settings say so."""
+    options = next((m[2] for m in _mounts() if m[1] == str(SHM)), "")
+    mounted = next((o.removeprefix("huge=") for o in options.split(",") if o.startswith("huge=")), "never")
+    system = _chosen(_SHMEM_ENABLED)
+    huge = system == "force" or (system != "deny" and mounted in _HUGE_TMPFS)
+    return Medium("transparent" if huge else "plain", weights_root(), PAGE_BYTES)
+
+
+def huge_media() -> Iterator[Medium]:
+    """The hugetlbfs mounts that this user may write to, largest pages first."""
+    found = []
+    for kind, place, options in _mounts():
+        if kind == "hugetlbfs" and os.access(place, os.W_OK | os.X_OK):
+            size = next((o.removeprefix("pagesize=") for o in options.split(",") if o.startswith("pagesize=")), "2M")
+            unit = _UNITS.get(size[-1:], 0)
+            if unit and size[:-1].isdigit():
+                found.append(Medium("hugetlbfs", Path(place) / f"numoe-{os.getuid()}", int(size[:-1]) * unit))
+    yield from sorted(found, key=lambda medium: -medium.page_bytes)
+
+
+def _mounts() -> list[tuple[str, str, str]]:
+    """Type, place and options of every mount; where several lie on one place, the last one first."""
+    lines = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    return [(fields[2], fields[1], fields[3]) for fields in reversed(lines) if len(fields) > 3]
+
+
+def _chosen(path: Path) -> str:
+    """The word in brackets of a sysfs file, empty without the file."""
+    try:
+        return path.read_text().partition("[")[2].partition("]")[0]
+    except OSError:
+        return ""
+
+
+def _number(path: Path) -> int:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return 0

@@ -1,0 +1,279 @@
+"""`WeightSlice`: a file of packed weights, shared by everybody who serves the same part of the same model.
+
+Whoever uses a slice holds a shared lock (flock) on its file; whoever loads it, an exclusive one. Locks go
+with the process that holds them, so that what is locked is in use, and what is neither locked nor complete was
+left by a load that crashed. The lock of a model's folder is held, for microseconds, by whoever makes or removes
+files in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+from numoe.engine.errors import AccessError, DataLossError, PreconditionError, UnavailableError
+from numoe.engine.private import make_private_folder
+from numoe.engine.weights.header import HEADER_BYTES, PIECE, SliceHeader, file_bytes, read_header, write_header
+from numoe.engine.weights.media import Medium, choose_medium, shm_medium, weights_root
+from numoe.engine.weights.reserve import no_room, reserve
+from numoe.engine.weights.source import layout_identity
+
+_HUGETLB_SUFFIX: Final = ".huge"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceKey:
+    """Which slice: the fingerprint of the source, the part of it, and the NUMA node that it is bound to."""
+
+    source: str
+    cut: str
+    node: int | None = None
+
+    @property
+    def path(self) -> Path:
+        """Where it is, or will be."""
+        place = "" if self.node is None else f"-node{self.node}"
+        return weights_root() / self.source / f"{self.cut}{place}-{layout_identity()}"
+
+
+class WeightSlice:
+    """A mapped slice; `array` is uint8 [nbytes], the packed weights.
+
+    `header` is None while it is to be loaded: then this process holds it alone, until `finish`.
+    """
+
+    def __init__(self, path: Path, descriptor: int, *, medium: Medium | None, nbytes: int, writable: bool) -> None:
+        self.path, self.medium, self._descriptor, self._nbytes = path, medium, descriptor, nbytes
+        # Opened anew: a mapping keeps its descriptor, and with it would keep the lock, as long as an array shows it.
+        mapped = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR)
+        try:
+            self.mapping = mmap.mmap(mapped, 0, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
+        finally:
+            os.close(mapped)
+        self._file: npt.NDArray[np.uint8] = np.frombuffer(self.mapping, np.uint8)
+        self.array = self._file[HEADER_BYTES : HEADER_BYTES + nbytes]
+        self.header = read_header(self._file)
+
+    @classmethod
+    def open(cls, path: Path, *, writable: bool = False) -> WeightSlice:
+        """Map a complete slice and keep it from being removed; UnavailableError if it is not there or not complete."""
+        try:
+            descriptor = os.open(path, os.O_RDWR)
+        except OSError as error:
+            raise UnavailableError(f"weights {path} cannot be mapped: {error.strerror}") from None
+        with _closed_on_error(descriptor):
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            header = complete_header(descriptor)
+            if header is None or not _is_at(path, descriptor):
+                raise UnavailableError(f"weights {path} are not complete: start the server again")
+            return cls(path, descriptor, medium=None, nbytes=header.nbytes, writable=writable)
+
+    def pieces(self) -> npt.NDArray[np.void]:
+        """The table of pieces (`header.PIECE`); DataLossError if it is damaged."""
+        assert self.header is not None
+        at = HEADER_BYTES + self.header.nbytes
+        table = self._file[at : at + self.header.pieces * PIECE.itemsize]
+        if blake3(table.data).digest() != self.header.checksum:
+            raise DataLossError(f"weights {self.path} are damaged (their table of checksums): `numoe weights rm` them")
+        return table.view(PIECE)
+
+    def finish(self, pieces: npt.NDArray[np.void], header: Callable[[bytes], SliceHeader]) -> None:
+        """Everything is loaded: write table, header and the complete flag, and let others attach."""
+        at = HEADER_BYTES + self._nbytes
+        table = pieces.view(np.uint8).reshape(-1)
+        self._file[at : at + table.nbytes] = table
+        write_header(self._file, header(blake3(table.data).digest()))
+        self.header = read_header(self._file)
+        fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+
+    def close(self) -> None:
+        """Unmap, as soon as nothing refers to the array, and allow it to be removed."""
+        self.array = self._file = np.empty(0, np.uint8)
+        with contextlib.suppress(BufferError):
+            self.mapping.close()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def open_slice(
+    key: SliceKey, nbytes: int, pieces: int, *, threads: int = 1, on_thread: Callable[[], None] = lambda: None
+) -> WeightSlice:
+    """Attach to a slice, or make an empty one that this process has to load.
+
+    Waits while another process loads it. Raises ResourceError if there is no room.
+    """
+    path = key.path
+    while True:
+        descriptor, medium = _open_or_create(key, file_bytes(nbytes, pieces))
+        with _closed_on_error(descriptor):
+            if medium is not None:
+                found = WeightSlice(path, descriptor, medium=medium, nbytes=nbytes, writable=True)
+                break
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            header = complete_header(descriptor) if _is_at(path, descriptor) else None
+            if header is not None:
+                if (header.nbytes, header.pieces) != (nbytes, pieces):
+                    raise PreconditionError(f"weights {path} are not what they are named: `numoe weights rm` them")
+                return WeightSlice(path, descriptor, medium=None, nbytes=nbytes, writable=False)
+        os.close(descriptor)  # its loader has failed or crashed, or it was removed meanwhile
+    try:
+        reserve(found.mapping, descriptor, path, medium, node=key.node, threads=threads, on_thread=on_thread)
+    except BaseException:
+        found.close()
+        remove_slice(path)
+        raise
+    return found
+
+
+@contextmanager
+def _closed_on_error(descriptor: int) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _open_or_create(key: SliceKey, nbytes: int) -> tuple[int, Medium | None]:
+    """A descriptor of the slice's file: of an existing one, or of a new one with its medium, locked exclusively."""
+    path = key.path
+    with locked_folder(path.parent, create=True):
+        if os.path.lexists(path):
+            if not is_unused_and_incomplete(path):
+                return os.open(path, os.O_RDWR), None
+            unlink(path)
+        medium = choose_medium(nbytes, key.node)
+        if medium.free_bytes(key.node) < nbytes:
+            remove_empty(path.parent)
+            raise no_room(path, nbytes, medium)
+        if medium.kind == "hugetlbfs":
+            try:
+                make_private_folder(medium.folder)
+                target = medium.folder / f"{key.source}-{path.name}{_HUGETLB_SUFFIX}"
+                target.unlink(missing_ok=True)
+                path.symlink_to(target)
+            except (OSError, AccessError):
+                medium = shm_medium()
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(descriptor, -(-nbytes // medium.page_bytes) * medium.page_bytes)
+        return descriptor, medium
+
+
+def complete_header(descriptor: int) -> SliceHeader | None:
+    """The header of an open file; None if it is not complete, or shorter than it says."""
+    header = read_header(os.pread(descriptor, HEADER_BYTES, 0))
+    if header is None or os.fstat(descriptor).st_size < header.file_bytes:
+        return None
+    return header
+
+
+@contextmanager
+def locked_folder(folder: Path, *, create: bool = False) -> Iterator[None]:
+    """Hold the lock of a model's folder. FileNotFoundError without it, unless it is to be made."""
+    while True:
+        try:
+            if create:
+                make_private_folder(folder.parent)
+                make_private_folder(folder)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            if create:
+                continue
+            raise
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if _is_at(folder, descriptor):
+                yield
+                return
+        finally:
+            os.close(descriptor)
+
+
+def is_unused_and_incomplete(path: Path) -> bool:
+    """Whether a load has crashed and left this; asked under the folder's lock."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return True  # a link to nowhere
+    try:
+        return try_lock(descriptor) and complete_header(descriptor) is None
+    finally:
+        os.close(descriptor)
+
+
+def remove_slice(path: Path) -> bool:
+    """Remove a slice unless somebody uses it; whether it is gone."""
+    try:
+        with locked_folder(path.parent):
+            try:
+                descriptor = os.open(path, os.O_RDWR)
+            except OSError:
+                unlink(path)
+            else:
+                try:
+                    if not try_lock(descriptor):
+                        return False
+                    unlink(path)
+                finally:
+                    os.close(descriptor)
+            remove_empty(path.parent)
+    except FileNotFoundError:
+        pass
+    return True
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove a model's folder, and the one around it, if nothing is in them; asked under the folder's lock."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+        folder.parent.rmdir()
+
+
+def try_lock(descriptor: int) -> bool:
+    """Take the exclusive lock, unless somebody has one."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def unlink(path: Path) -> None:
+    """Remove a slice's name, and what it is a link to."""
+    if path.is_symlink():
+        target = path.readlink()
+        target.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            target.parent.rmdir()
+    path.unlink(missing_ok=True)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file or folder still has this name."""
+    try:
+        named, opened = path.stat(), os.fstat(descriptor)
+    except OSError:
+        return False
+    return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)
+
+
+def piece_table(offsets: Sequence[tuple[int, int]], digests: Sequence[bytes]) -> npt.NDArray[np.void]:
+    """The table of pieces from their (offset, bytes) and their digests."""
+    table = np.zeros(len(offsets), PIECE)
+    if len(offsets):
+        table["offset"], table["nbytes"] = np.array(offsets, np.uint64).T
+        table["digest"] = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+    return table
