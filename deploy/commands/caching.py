@@ -101,7 +101,7 @@ class Caching:
         if url == NO_STORE:
             return ""
         if url is None:
-            return _default_store()
+            return _usable_default_store()
         found = url if "://" in url or not url else str(Path(url).expanduser().absolute())
         _check_store(found, self.store_endpoint)
         return found
@@ -144,16 +144,25 @@ def parse_size(text: str) -> int:
     return int(float(number) * base ** ("KMGT".index(unit.upper()) + 1 if unit else 0))
 
 
-def _default_store() -> str:
-    """The folder of the user's data; "" with a warning where it cannot be used."""
+def default_store() -> str:
+    """The folder of the user's data that is the store if none is named. InputError for a user without a home."""
     base = os.environ.get("XDG_DATA_HOME", "")
     try:
-        folder = (Path(base) if base.startswith("/") else Path.home() / ".local" / "share") / "numoe" / "store"
-        _check_store(str(folder), None)
-    except (NumoeError, RuntimeError) as error:
+        data = Path(base) if base.startswith("/") else Path.home() / ".local" / "share"
+    except RuntimeError as error:
+        raise InputError(str(error)) from None
+    return str(data / "numoe" / "store")
+
+
+def _usable_default_store() -> str:
+    """The default store; "" with a warning where it cannot be used."""
+    try:
+        folder = default_store()
+        _check_store(folder, None)
+    except NumoeError as error:
         print(f"numoe: nothing outlives this server: {error} (--store FOLDER, or none)", file=sys.stderr)
         return ""
-    return str(folder)
+    return folder
 
 
 def _check_store(url: str, endpoint: str | None) -> None:

@@ -30,12 +30,13 @@ def doctor(
     *,
     listen: str = DEFAULT_ADDRESS,
     store: str | None = None,
+    store_endpoint: str | None = None,
     measure: Annotated[bool, Parameter(negative=())] = False,
     json_output: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> int:
     """Look at this host as a server would: each line is ok, a warning or an error, with what to do about it.
 
-    Nothing is changed, but that the memory's bandwidth is measured the first time, and remembered.
+    Nothing is changed, but that the store's folder is made and the first measurement of the memory remembered.
     The exit status is 1 if there is an error.
 
     Parameters
@@ -45,7 +46,9 @@ def doctor(
     listen
         The address that `numoe serve` would listen on.
     store
-        An object store to try: a folder, s3://BUCKET/PREFIX, gs://…, az://….
+        The object store to try, as for `numoe serve`; if not given, the one that serve takes then.
+    store_endpoint
+        URL of the S3 server, where it is not Amazon's.
     measure
         Measure the memory's bandwidth again.
     json_output
@@ -58,7 +61,9 @@ def doctor(
         from numoe.deploy.doctor.check import Host, count
         from numoe.deploy.doctor.examine import Questions, examine
 
-        questions = Questions(model=model, listen=listen, store=store, measure=measure)
+        questions = Questions(
+            model=model, listen=listen, store=store, store_endpoint=store_endpoint, measure=measure
+        )
         console, found = Console(highlight=False, markup=False), []
         with _progress() as progress:
             for check in examine(Host.read(), questions, progress):

@@ -15,17 +15,19 @@ from numoe.engine.errors import NumoeError
 
 @dataclass(frozen=True, kw_only=True)
 class Questions:
-    """What is asked for: a model, an address to listen on, a store, and whether to measure again."""
+    """What is asked for: a model, an address to listen on, a store as `serve` takes it, whether to measure again."""
 
     model: str | None
     listen: str
     store: str | None
+    store_endpoint: str | None
     measure: bool
 
 
 def examine(host: Host, questions: Questions, progress: Progress | None = None) -> Iterator[Check]:
     """All checks; what none of them expected is an error of theirs, not the end."""
     plan, model = _plan(questions.model)
+    endpoint = {} if questions.store_endpoint is None else {"endpoint": questions.store_endpoint}
     checks: dict[str, Callable[[], Check]] = {
         "processor": lambda: processor.check_processor(host),
         "kernels": lambda: processor.check_kernels(host),
@@ -47,7 +49,7 @@ def examine(host: Host, questions: Questions, progress: Progress | None = None) 
         "gpu_copies": lambda: gpu.check_gpu_copies(host),
         "ray": services.check_ray,
         "port": lambda: services.check_port(questions.listen),
-        "store": lambda: services.check_store(questions.store),
+        "store": lambda: services.check_store(questions.store, **endpoint),
         "cache": services.check_cache,
     }
     for name, check in checks.items():

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from numoe.actors.gateway.listen import ListenAddress, parse_listen, require_free
+from numoe.deploy.commands.caching import NO_STORE, default_store
 from numoe.deploy.doctor.check import Check, error, gb, ok, warning
 from numoe.deploy.raylets import Raylet, find_raylets
 from numoe.engine.cpu.isa import cache_root
@@ -106,10 +107,14 @@ def _holder(address: ListenAddress) -> psutil.Process | None:
     return None
 
 
-def check_store(url: str | None, **options: Any) -> Check:
-    """Create, read and remove an object in a store. options: as `open_store` takes them."""
-    if url is None:
-        return ok("store", "not tried: give a store with --store", url=None)
+def check_store(url: str | None = None, **options: Any) -> Check:
+    """Create, read and remove an object in a store, by default where serve keeps its own.
+
+    options: as `open_store` takes them.
+    """
+    url = default_store() if url is None else url
+    if url == NO_STORE:
+        return ok("store", "none: nothing outlives a server", url=None, milliseconds=None)
     values: dict[str, Any] = {"url": url, "milliseconds": None}
     key, began = f"doctor/{secrets.token_hex(8)}", time.perf_counter()
     try:

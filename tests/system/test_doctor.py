@@ -46,14 +46,14 @@ def test_this_host_its_model_and_its_store(tiny_model: Path, tmp_path: Path) -> 
 
 def test_an_error_is_the_exit_status(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as held:
-        code, checks = examine("--listen", f"127.0.0.1:{held.getsockname()[1]}")
+        code, checks = examine("--store", "none", "--listen", f"127.0.0.1:{held.getsockname()[1]}")
     assert (code, checks["port"]["state"]) == (1, "error")
-    code, checks = examine(tmp_path / "none.gguf", "--listen", "127.0.0.1:0")
+    code, checks = examine(tmp_path / "none.gguf", "--store", "none", "--listen", "127.0.0.1:0")
     assert (code, checks["model"]["state"]) == (1, "error")
 
 
 def test_a_server_that_runs_is_recognized(server: ServeProcess) -> None:
-    code, checks = examine("--listen", server.address)
+    code, checks = examine("--store", "none", "--listen", server.address)
     assert code == 0
     assert (checks["port"]["state"], checks["port"]["values"]["numoe"]) == ("ok", True)
     assert checks["port"]["values"]["held_by"] in server.pids
@@ -61,7 +61,7 @@ def test_a_server_that_runs_is_recognized(server: ServeProcess) -> None:
 
 
 def test_people_read_a_line_for_each_check_and_the_sum() -> None:
-    result = numoe("doctor", "--listen", "127.0.0.1:0")
+    result = numoe("doctor", "--store", "none", "--listen", "127.0.0.1:0")
     lines = result.stdout.splitlines()
     assert [line[9:].split("  ")[0].replace(" ", "_") for line in lines[:-1] if line[:1].strip()] == NAMES
     assert lines[-1].startswith(f"{sum(line.startswith('ok ') for line in lines)} ok, ")

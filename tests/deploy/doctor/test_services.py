@@ -83,8 +83,14 @@ def test_an_address_that_is_none(listen: str) -> None:
     assert check_port(listen).state == "error"
 
 
-def test_no_store_to_try() -> None:
-    assert check_store(None).state == "ok"
+def test_no_store_is_no_fault() -> None:
+    assert (check_store("none").state, check_store("none").values["url"]) == ("ok", None)
+
+
+def test_the_store_of_a_server_that_is_told_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    found = check_store()
+    assert (found.state, found.values["url"]) == ("ok", str(tmp_path / "numoe/store"))
 
 
 def test_a_folder_is_a_store_and_is_left_as_it_was(tmp_path: Path) -> None:
