@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -169,6 +169,8 @@ def make_plan(
         options.kv_type.check(config)
     slots = _positive("--parallel", options.slots, DEFAULT_SLOTS, MAX_SLOTS)
     context = _positive("--ctx-size", options.context, min(config.context, DEFAULT_CONTEXT), config.context)
+    if options.cache.keep is not None and options.cache.keep >= context:
+        raise InputError(f"--keep {options.cache.keep} leaves nothing of a context of {context} (--ctx-size)")
     chunk = _positive("--chunk", options.chunk, min(DEFAULT_GPU_CHUNK if gpu else DEFAULT_CHUNK, context), 8192)
     # One processor is left to the worker and the gateway where the shards' threads spin for a GPU.
     cpus = len(topology.allowed_cpus)
@@ -230,7 +232,7 @@ def check_memory(plan: Plan, available: int | None = None, shared: int | None = 
             f"{plan.gpu.name} has {_gb(plan.gpu.free_bytes)} free: lower --ctx-size, --parallel or --chunk, choose "
             "--cache-type-k q8_0 --cache-type-v q8_0, or --device cpu"
         )
-    there = sum(nbytes for key, nbytes in plan.slices.items() if is_loaded(key) or _fits_huge_pages(key, nbytes))
+    there = _bytes_there(plan)
     total, in_shm = plan.total_bytes - there, plan.shared_bytes - there
     available = psutil.virtual_memory().available if available is None else available
     if total > available:
@@ -247,6 +249,18 @@ def check_memory(plan: Plan, available: int | None = None, shared: int | None = 
             f"{_gb(in_shm - shared)} is missing; enlarge it (mount -o remount,size=... {_SHM_FREE}; "
             "in a container --shm-size), or remove what lies there (`numoe weights rm`)"
         )
+
+
+def fit_cache(plan: Plan, available: int | None = None) -> Plan:
+    """The plan with no more host memory for prompts than the model leaves of `available`, default what is free now."""
+    available = psutil.virtual_memory().available if available is None else available
+    left = max(0, available - (plan.total_bytes - _bytes_there(plan)))
+    return replace(plan, cache=replace(plan.cache, cache_ram_bytes=min(plan.cache.cache_ram_bytes, left)))
+
+
+def _bytes_there(plan: Plan) -> int:
+    """Bytes of weights that take no more memory: they are loaded, or huge pages are set aside for them."""
+    return sum(nbytes for key, nbytes in plan.slices.items() if is_loaded(key) or _fits_huge_pages(key, nbytes))
 
 
 def _fits_huge_pages(key: SliceKey, nbytes: int) -> bool:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from numoe.actors.gateway.actor import server_context
 from numoe.actors.gateway.server import check_endpoint
 from numoe.cluster.endpoint import Endpoint
-from numoe.cluster.plan import Plan, PlanOptions, check_memory, make_plan
+from numoe.cluster.plan import Plan, PlanOptions, check_memory, fit_cache, make_plan
 from numoe.cluster.status import LoadProgress
 from numoe.cluster.topology import Topology
 from numoe.deploy.cluster import Server, start_ray, stop_ray
@@ -50,7 +50,7 @@ def plan_model(path: str | Path, options: PlanOptions) -> tuple[Plan, KernelBuil
     """
     with place_model(path, options) as (_, gguf, plan):
         check_memory(plan)
-        return plan, KernelBuild(gguf)
+        return fit_cache(plan), KernelBuild(gguf)
 
 
 @contextmanager

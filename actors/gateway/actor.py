@@ -191,4 +191,5 @@ def server_context(plan: Plan) -> ServerContext:
             version=importlib.metadata.version("numoe"),
             chat_template=ChatTemplate.from_metadata(metadata),
             limits=Limits.for_context(plan.context),
+            outlasts_context=plan.cache.keep is not None,
         )

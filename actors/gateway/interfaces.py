@@ -139,10 +139,14 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerContext:
-    """Everything that the servicers share and that never changes."""
+    """Everything that the servicers share and that never changes.
+
+    outlasts_context: answers go on without the middle when the context is full (--keep).
+    """
 
     tokenizer: Tokenizer
     model: ModelInfo
     version: str
     chat_template: ChatTemplate | None = None
     limits: Limits = field(default_factory=Limits)
+    outlasts_context: bool = False

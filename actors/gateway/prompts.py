@@ -21,6 +21,7 @@ from numoe.engine.requests import GenerationRequest
 from numoe.v1 import chat_pb2
 from numoe.v1 import generation_pb2 as pb
 
+UNBOUNDED = (1 << 31) - 1  # tokens of an answer
 INLINE_BYTES = 16 << 10  # texts up to this take under a millisecond or so: not worth a thread
 
 Params = ParamSpec("Params")
@@ -87,10 +88,11 @@ async def generation_request(
         raise BadRequestError([Violation(field, "is empty: give a prompt of at least one token")])
     if room < 1:
         raise BadRequestError([Violation(field, too_long(len(token_ids), context.model.context_tokens))])
+    most = UNBOUNDED if context.outlasts_context else room
     return GenerationRequest(
         request_id=request_id,
         token_ids=tuple(token_ids),
-        max_tokens=min(stopping.max_tokens, room) if stopping.HasField("max_tokens") else room,
+        max_tokens=min(stopping.max_tokens, most) if stopping.HasField("max_tokens") else most,
         sampling=sampling,
         stop_ids=asked if stopping.ignore_eos else asked | eog_ids,
         logprobs=logprobs,

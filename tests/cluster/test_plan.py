@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from numoe.cluster.plan import Plan, PlanOptions, check_memory, make_plan
+from numoe.cluster.plan import CacheOptions, Plan, PlanOptions, check_memory, fit_cache, make_plan
 from numoe.cluster.topology import NumaNode, Topology
 from numoe.engine.errors import InputError, ResourceError
 from numoe.engine.experts.mailbox import Mailbox
@@ -106,6 +106,18 @@ def test_what_is_counted_is_what_is_allocated(
     assert placed.kv_bytes <= KvPool(config, placed.n_pages, placed.kv_type).data.nbytes <= placed.kv_bytes + 64
     assert placed.n_pages == 4
     assert placed.total_bytes == placed.kv_bytes + placed.shared_bytes
+
+
+def test_prompts_get_no_more_memory_than_the_model_leaves(model: Path) -> None:
+    placed = plan(model, cache=CacheOptions(cache_ram_bytes=1000))
+    for left, bound in ((5000, 1000), (300, 300), (-7, 0)):
+        assert fit_cache(placed, placed.total_bytes + left).cache.cache_ram_bytes == bound
+
+
+def test_what_is_kept_of_a_full_context_must_leave_room(model: Path) -> None:
+    assert plan(model, context=512, cache=CacheOptions(keep=511)).cache.keep == 511
+    with pytest.raises(InputError, match="--keep 512"):
+        plan(model, context=512, cache=CacheOptions(keep=512))
 
 
 def test_a_dense_model_has_no_shards(tmp_path: Path) -> None:

@@ -376,8 +376,8 @@ class StopOptions(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """Tokens to generate at most, at least 1; cut to what the context still holds.
-    Absent: as many as the context holds.
+    """Tokens to generate at most, at least 1; cut to what the context still holds, unless the server goes
+    on when the context is full (serve --keep). Absent: as many as that.
     """
     ignore_eos: _builtins.bool
     """Never end by itself: end-of-generation tokens are banned, as llama-server does it, except

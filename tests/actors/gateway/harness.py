@@ -257,6 +257,7 @@ async def serving(
     words: Sequence[bytes] = (),
     template: bool = True,
     limits: Limits | None = None,
+    outlasts_context: bool = False,
     backlog: int = 8192,
     listen: str = "127.0.0.1:0",
     endpoint: dict[str, Any] | None = None,
@@ -272,6 +273,7 @@ async def serving(
         version="1.2.3",
         chat_template=PlainTemplate() if template else None,
         limits=limits or Limits(),
+        outlasts_context=outlasts_context,
     )
     server = build_server(context, engine, streams, Endpoint(listen=listen, **(endpoint or {})))
     await server.start()

@@ -8,6 +8,7 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from numoe.actors.gateway.prompts import UNBOUNDED
 from numoe.engine.errors import (
     DataLossError,
     NotFoundError,
@@ -19,7 +20,8 @@ from numoe.engine.errors import (
 from numoe.engine.requests import Finished, SlotProgress, SnapshotInfo, Timings
 from numoe.v1 import admin_pb2
 from numoe.v1 import slots_pb2 as pb
-from tests.actors.gateway.harness import Gateway, in_loop, refusal, serving, until
+from numoe.v1.generation_pb2 import StopOptions
+from tests.actors.gateway.harness import CONTEXT, Gateway, in_loop, refusal, serving, until
 from tests.actors.gateway.scripted_slots import CHUNK_BYTES
 
 DAY = 86_400
@@ -228,6 +230,16 @@ async def test_a_slot_that_stays_busy_is_a_failed_precondition() -> None:
         assert (failed.code, failed.message) == (grpc.StatusCode.FAILED_PRECONDITION, "slot 0 is busy")
         assert failed.info.reason == "PRECONDITION"
     assert gateway.engine.aborted == []
+
+
+@in_loop
+async def test_answers_end_with_the_context_unless_the_server_goes_on() -> None:
+    for goes_on, most in ((False, CONTEXT - 3), (True, UNBOUNDED)):
+        async with serving(outlasts_context=goes_on) as gateway:
+            for max_tokens in (None, 2, 1000):
+                await gateway.generate(text="hi", stopping=StopOptions(max_tokens=max_tokens))
+            limits = [request.max_tokens for request in gateway.engine.requests]
+            assert limits == [most, 2, min(1000, most)]
 
 
 async def _busy(gateway: Gateway) -> Any:
