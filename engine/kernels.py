@@ -1,7 +1,7 @@
 """Every kernel of the CPU backend by name, and compiling them ahead of their use.
 
 `python -m numoe.engine.kernels NAME ...` compiles into the disk cache and prints each name when it
-is there. Names are "product:Q8_0", "pack:Q8_0", "unpack:Q8_0", "step:attend", "loop:shard".
+is there. Names are "product:Q8_0", "pack:Q8_0", "unpack:Q8_0", "step:attend", "loop:shard", "pages:transfer".
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ STEP_KERNELS = (
     "swiglu", "rope_table", "gather_logit_rows", "quantize", "add_partials",
 )  # fmt: skip
 LOOPS = ("shard", "team")
+PAGES = ("transfer", "transfer_interleaved")
 _RECORD = "compiled.json"
 
 
@@ -28,6 +29,7 @@ def needed_kernels(gguf: GgufFile) -> list[str]:
     """The kernels that serving a model takes, the slowest to compile first."""
     products = {info.qtype for info in gguf.tensors.values() if len(info.shape) > 1}
     names = [f"loop:{name}" for name in LOOPS] + [f"step:{name}" for name in STEP_KERNELS]
+    names += [f"pages:{name}" for name in PAGES]
     names.append(f"unpack:{gguf.tensors['token_embd.weight'].qtype.name}")
     return names + [f"{kind}:{qtype.name}" for qtype in sorted(products) for kind in ("product", "pack")]
 
@@ -51,6 +53,10 @@ def compile_kernel(name: str) -> None:
 
         found = [getattr(module, what) for module in (attention, dense, exchange) if hasattr(module, what)]
         _ = found[0].address
+    elif kind == "pages":
+        from numoe.engine.cpu import portable
+
+        portable.prepare(getattr(portable, what))
     elif what == "shard":
         from numoe.engine.experts.loop import shard_loop
 

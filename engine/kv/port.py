@@ -24,8 +24,14 @@ class PagePort(Protocol):
     def shape(self, tokens: int) -> ChunkShape:
         """What the chunk of a page with `tokens` tokens, 1 to 256, looks like."""
 
-    def export_page(self, page: int, tokens: int) -> list[npt.NDArray[np.uint8]]:
-        """The canonical bytes of the first `tokens` tokens of a page, uint8 [layer_bytes] for each layer."""
+    def export_page(
+        self, page: int, tokens: int, out: npt.NDArray[np.uint8] | None = None
+    ) -> list[npt.NDArray[np.uint8]]:
+        """The canonical bytes of the first `tokens` tokens of a page, uint8 [layer_bytes] for each layer.
+
+        out: uint8 [layers * layer_bytes] that they are written to, one layer after the other, instead of new
+        memory (see `build_chunk`). ValueError if it is of another size.
+        """
 
     def import_page(self, page: int, layers: Sequence[Buffer], tokens: int) -> None:
         """Write the first `tokens` tokens of a page from the canonical bytes of each layer.

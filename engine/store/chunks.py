@@ -12,10 +12,12 @@ All integers are little-endian. Every byte of an object is covered by a checksum
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
+import numpy as np
+import numpy.typing as npt
 from blake3 import blake3
 
 from numoe.engine.errors import DataLossError, UnsupportedError
@@ -46,19 +48,28 @@ class ChunkShape:
         return _header_bytes(self.layers) + self.layers * self.layer_bytes
 
 
-def encode_chunk(key: bytes, kv_type: str, layers: Sequence[Buffer], tokens: int = PAGE_TOKENS) -> bytes:
+def encode_chunk(key: bytes, kv_type: str, layers: Sequence[Buffer], tokens: int = PAGE_TOKENS) -> memoryview:
     """The object of chunk `key`. layers: the canonical bytes of each layer, all of one size."""
-    views = [memoryview(layer).cast("B") for layer in layers]
-    sizes = {view.nbytes for view in views}
+    rows = [np.frombuffer(layer, np.uint8) for layer in layers]
+    sizes = {row.size for row in rows}
     if len(sizes) != 1:
         raise ValueError(f"the layers of a chunk must be of one size, not {sorted(sizes)}")
-    name = kv_type.encode()
-    if len(key) != KEY_BYTES or len(name) > 32 or not 1 <= tokens <= PAGE_TOKENS:
-        raise ValueError(f"no chunk has a key of {len(key)} bytes, KV type {kv_type} and {tokens} tokens")
-    header_bytes = _header_bytes(len(views))
-    fixed = _FIXED.pack(_MAGIC, FORMAT_VERSION, header_bytes, tokens, len(views), sizes.pop(), key, name)
-    header = fixed + b"".join(blake3(view).digest() for view in views)
-    return b"".join([header, blake3(header).digest(), *views])
+    shape = ChunkShape(kv_type, len(rows), sizes.pop(), tokens)
+    return build_chunk(key, shape, lambda out: np.concatenate(rows, out=out))
+
+
+def build_chunk(key: bytes, shape: ChunkShape, fill: Callable[[npt.NDArray[np.uint8]], object]) -> memoryview:
+    """The same without a copy: `fill` writes the layers, one after the other, to uint8 [layers * layer_bytes]."""
+    name = shape.kv_type.encode()
+    if len(key) != KEY_BYTES or len(name) > 32 or not 1 <= shape.tokens <= PAGE_TOKENS:
+        raise ValueError(f"no chunk has a key of {len(key)} bytes, KV type {shape.kv_type} and {shape.tokens} tokens")
+    data, start = np.empty(shape.object_bytes, np.uint8), _header_bytes(shape.layers)
+    fill(data[start:])
+    layers = data[start:].reshape(shape.layers, shape.layer_bytes)
+    fixed = _FIXED.pack(_MAGIC, FORMAT_VERSION, start, shape.tokens, shape.layers, shape.layer_bytes, key, name)
+    header = fixed + b"".join(blake3(layer).digest() for layer in layers)
+    data[:start] = np.frombuffer(header + blake3(header).digest(), np.uint8)
+    return memoryview(data).toreadonly()
 
 
 def decode_chunk(data: Buffer, key: bytes, shape: ChunkShape) -> list[memoryview]:

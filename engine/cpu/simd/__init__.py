@@ -76,6 +76,13 @@ from numoe.engine.cpu.simd.memory import (
     store_scalar_i64,
     store_scalar_u8,
 )
+from numoe.engine.cpu.simd.transpose import (
+    copy,
+    quads_to_rows,
+    rows_to_quads,
+    transpose_4x4_words,
+    transpose_8x8_i16,
+)
 from numoe.engine.cpu.simd.types import Builder, Value, Vector, addr, f32x16, i8x64, i32x16, operation
 
 __all__ = [
@@ -87,6 +94,7 @@ __all__ = [
     "add_i32",
     "addr",
     "and_i32",
+    "copy",
     "div",
     "dot_u8s8",
     "f32_of_bits",
@@ -124,8 +132,10 @@ __all__ = [
     "or_i32",
     "prefetch",
     "prefetch_l2",
+    "quads_to_rows",
     "round_even",
     "round_to_i32",
+    "rows_to_quads",
     "scale_of_e8m0",
     "shift_left_i32",
     "shift_right_i32",
@@ -145,5 +155,7 @@ __all__ = [
     "sum_i32",
     "table_lookup",
     "to_f32",
+    "transpose_4x4_words",
+    "transpose_8x8_i16",
     "two_bits",
 ]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from numoe.engine.errors import DataLossError, UnsupportedError
-from numoe.engine.store.chunks import ChunkShape, decode_chunk, encode_chunk
+from numoe.engine.store.chunks import ChunkShape, build_chunk, decode_chunk, encode_chunk
 
 KEY = bytes(range(32))
 SHAPE = ChunkShape("q8_0/f16", layers=3, layer_bytes=40)
@@ -28,6 +28,10 @@ def test_layers_come_back(layers: list[bytes], key: bytes, tokens: int) -> None:
     assert [bytes(layer) for layer in decode_chunk(data, key, shape)] == layers
 
 
+def test_an_object_that_is_filled_in_place_is_the_same() -> None:
+    assert build_chunk(KEY, SHAPE, lambda out: np.copyto(out.reshape(3, 40), LAYERS)) == OBJECT
+
+
 @given(at=st.integers(0, len(OBJECT) - 1), bits=st.integers(1, 255))
 def test_any_changed_byte_is_noticed(at: int, bits: int) -> None:
     damaged = bytearray(OBJECT)
@@ -44,7 +48,7 @@ def test_an_object_cut_anywhere_is_noticed(length: int) -> None:
 
 def test_an_object_with_something_behind_it_is_damaged() -> None:
     with pytest.raises(DataLossError, match="from its end on"):
-        decode_chunk(OBJECT + b"x", KEY, SHAPE)
+        decode_chunk(bytes(OBJECT) + b"x", KEY, SHAPE)
 
 
 @pytest.mark.parametrize("layer", range(3))
