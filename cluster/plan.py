@@ -6,9 +6,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
-
-from numoe.cluster.topology import Topology
+from numoe.cluster.topology import Topology, available_memory
 from numoe.engine.errors import InputError, ResourceError
 from numoe.engine.experts.mailbox import MailboxLayout
 from numoe.engine.experts.shard import ShardSlice, plan_slice, slice_bytes
@@ -234,7 +232,7 @@ def check_memory(plan: Plan, available: int | None = None, shared: int | None = 
         )
     there = _bytes_there(plan)
     total, in_shm = plan.total_bytes - there, plan.shared_bytes - there
-    available = psutil.virtual_memory().available if available is None else available
+    available = available_memory() if available is None else available
     if total > available:
         raise ResourceError(
             f"the model needs {_gb(total)} of memory ({_gb(total - plan.kv_bytes)} weights, "
@@ -253,7 +251,7 @@ def check_memory(plan: Plan, available: int | None = None, shared: int | None = 
 
 def fit_cache(plan: Plan, available: int | None = None) -> Plan:
     """The plan with no more host memory for prompts than the model leaves of `available`, default what is free now."""
-    available = psutil.virtual_memory().available if available is None else available
+    available = available_memory() if available is None else available
     left = max(0, available - (plan.total_bytes - _bytes_there(plan)))
     return replace(plan, cache=replace(plan.cache, cache_ram_bytes=min(plan.cache.cache_ram_bytes, left)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from numoe.cluster.topology.tree import Tree, parse_cpu_list
 
@@ -49,6 +50,14 @@ def read_limits(tree: Tree) -> Limits:
         memory_bytes=min((limit for limit, _ in memory), default=None),
         memory_available_bytes=min((max(0, left) for _, left in memory), default=None),
     )
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of memory that this process can still have: what the host has available, and its cgroups allow."""
+    tree = Tree(root)
+    host = int(tree.fields("/proc/meminfo").get("MemAvailable", "0 kB").split()[0]) * 1024
+    allowed = read_limits(tree).memory_available_bytes
+    return host if allowed is None else min(host, allowed)
 
 
 def _memory(tree: Tree) -> Iterator[tuple[int, int]]:

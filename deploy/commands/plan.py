@@ -54,12 +54,10 @@ def plan(
 
 
 def _plan(model: str, options: Any) -> dict[str, Any]:
-    import psutil
-
     from numoe.cluster.bandwidth import bandwidth
     from numoe.cluster.forecast import forecast
     from numoe.cluster.plan import check_memory
-    from numoe.cluster.topology import Topology
+    from numoe.cluster.topology import Topology, available_memory
     from numoe.deploy.launch import place_model
     from numoe.engine.errors import ResourceError
 
@@ -67,7 +65,7 @@ def _plan(model: str, options: Any) -> dict[str, Any]:
     with place_model(model, options) as (config, gguf, found):
         cpu = bandwidth(topology).total(topology)
         gpu = found.gpu.copy_bytes_s if found.gpu else 0.0
-        free = psutil.virtual_memory().available
+        free = available_memory()
         expected = forecast(found, config, gguf, cpu_bytes_s=cpu, gpu_bytes_s=gpu, free_memory=free)
     try:
         check_memory(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from numoe.deploy.doctor.check import Check, Host, count, error, ok, ranges, warning
 from numoe.engine.cpu.isa import choose_isa, host_isas
@@ -39,7 +40,7 @@ def check_kernels(host: Host, available: Sequence[str] | None = None) -> Check:
     fields = host.tree.fields("/proc/cpuinfo")
     flags = f"{fields.get('flags', '')} {fields.get('Features', '')}".split()
     features = [name for name in _FEATURES if name in flags]
-    values = {"features": features, "available": list(available)}
+    values: dict[str, Any] = {"features": features, "available": list(available)}
     try:
         chosen = choose_isa()
     except InputError as refused:

@@ -9,7 +9,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from numoe.cluster.topology import HugePages, Limits, NumaNode, Topology, TransparentHugePages, parse_cpu_list
+from numoe.cluster.topology import (
+    HugePages,
+    Limits,
+    NumaNode,
+    Topology,
+    TransparentHugePages,
+    available_memory,
+    parse_cpu_list,
+)
 from tests.cluster import hosts
 from tests.cluster.hosts import GIB, write
 
@@ -108,6 +116,17 @@ def test_a_container_with_half_the_cpus(tmp_path: Path) -> None:
     assert (limits.mems, limits.cpu_quota) == ((0,), 12.0)
     assert (limits.memory_bytes, limits.memory_available_bytes) == (64 * GIB, 50 * GIB)
     assert topology.memory_for(1) == first
+
+
+def test_memory_that_can_be_had_is_the_hosts_and_the_containers(tmp_path: Path) -> None:
+    hosts.half_container(tmp_path)
+    write(tmp_path, "/proc/meminfo", f"MemTotal: {384 << 20} kB\nMemAvailable: {300 << 20} kB")
+    assert available_memory(tmp_path) == 50 * GIB
+    write(tmp_path, "/proc/meminfo", f"MemTotal: {384 << 20} kB\nMemAvailable: {20 << 20} kB")
+    assert available_memory(tmp_path) == 20 * GIB
+    write(tmp_path, "/sys/fs/cgroup/memory.max", "max")
+    write(tmp_path, "/proc/meminfo", f"MemTotal: {384 << 20} kB\nMemAvailable: {300 << 20} kB")
+    assert available_memory(tmp_path) == 300 * GIB
 
 
 def test_cgroups_v1_and_one_thread_of_each_core(tmp_path: Path) -> None:
@@ -223,4 +242,5 @@ def test_this_host_is_read() -> None:
     assert sum(node.memory_bytes for node in topology.nodes) == pytest.approx(psutil.virtual_memory().total, rel=0.05)
     if set(topology.allowed_cpus) == set(range(psutil.cpu_count() or 0)):
         assert len(topology.cores) == psutil.cpu_count(logical=False)
+    assert available_memory() <= psutil.virtual_memory().total
     assert pickle.loads(pickle.dumps(topology)) == topology
