@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numoe.actors.identity import Identity, identity
 from numoe.cluster.plan import Plan
-from numoe.engine.requests import Event, GenerationRequest, WorkerStatus
+from numoe.engine.requests import Event, GenerationRequest, SlotReport, SnapshotInfo, WorkerStatus
 
 if TYPE_CHECKING:
+    from numoe.engine.gguf import GgufFile
     from numoe.engine.worker.options import Forward
 
 
@@ -38,6 +40,7 @@ class AttentionActor:
         from numoe.engine.models.config import ModelConfig
         from numoe.engine.progress import Progress
         from numoe.engine.scheduler import Scheduler, SchedulerConfig
+        from numoe.engine.store.portable import kv_type_name
         from numoe.engine.weights import CachedPages
         from numoe.engine.worker.engine import Engine
         from numoe.engine.worker.options import ForwardOptions, SharedWeights
@@ -55,6 +58,7 @@ class AttentionActor:
         )
         self._progress = Progress(plan.dense_bytes)
         self._forward = _forward_of(plan)(ModelConfig.from_gguf(gguf), gguf, self._mailbox, options, self._progress)
+        tiers = _tiers(plan, gguf)
         scheduler = Scheduler(
             SchedulerConfig(
                 slots=plan.slots,
@@ -62,11 +66,24 @@ class AttentionActor:
                 chunk_tokens=plan.chunk,
                 queue_limit=plan.queue,
                 n_pages=plan.n_pages,
+                fingerprint=tiers["origin"].fingerprint if tiers else b"",
+                kv_type=kv_type_name(plan.kv_type),
+                caches=bool(tiers.get("ram") or tiers.get("tier")),
+                keep=plan.cache.keep,
             )
         )
-        self._engine = Engine(scheduler, self._forward, self._push)
         self._gateway: Any = None
+        self._engine = Engine(scheduler, self._forward, self._push, **tiers)
+        self._resume()
         gguf.close()
+
+    def _resume(self) -> None:
+        """Offer what an earlier server kept."""
+        cache = self._plan.cache
+        if cache.prompt_cache_file:
+            self._engine.slots.load_file(Path(cache.prompt_cache_file))
+        if cache.resume:
+            self._engine.resume()
 
     def attach_experts(self) -> None:
         """The shards have loaded: what needs their weights may look at them."""
@@ -103,6 +120,34 @@ class AttentionActor:
         """What the worker is doing."""
         return self._engine.status()
 
+    def save_slot(self, operation: str, slot: int, name: str, wait_until: float | None) -> SlotReport:
+        """See `SlotOperations.save`, and so on below."""
+        return self._engine.slots.save(operation, slot, name, wait_until)
+
+    def restore_slot(self, operation: str, slot: int, name: str, wait_until: float | None) -> SlotReport:
+        """Give a slot a snapshot's conversation."""
+        return self._engine.slots.restore(operation, slot, name, wait_until)
+
+    def erase_slot(self, slot: int, wait_until: float | None) -> SlotReport:
+        """Forget a slot's conversation."""
+        return self._engine.slots.erase(slot, wait_until)
+
+    def fork_slot(self, slot: int, target: int, wait_until: float | None) -> SlotReport:
+        """Let another slot hold the same."""
+        return self._engine.slots.fork(slot, target, wait_until)
+
+    def cancel_slot_operation(self, operation: str) -> None:
+        """End a save or restore."""
+        self._engine.slots.cancel(operation)
+
+    def snapshots(self) -> tuple[SnapshotInfo, ...]:
+        """The snapshots of the store."""
+        return self._engine.slots.snapshots()
+
+    def remove_snapshot(self, name: str) -> None:
+        """Remove a snapshot."""
+        self._engine.slots.remove(name)
+
     def begin_logits(self, token_ids: Sequence[int], chunk: int) -> None:
         """Start over with the logits of a sequence: see `Engine.logits`."""
         self._logits = self._engine.logits(token_ids, chunk)
@@ -119,11 +164,35 @@ class AttentionActor:
         """An answer's `Measurement`: see `Engine.measure_decode`."""
         return self._engine.measure_decode(token_id, start, count)
 
-    def stop(self) -> None:
-        """End the step loop, then the shards' loops."""
-        self._engine.stop()
+    def stop(self, save_s: float = 0.0) -> None:
+        """End the step loop, then the shards' loops; conversations are saved for at most `save_s` seconds."""
+        cache, until = self._plan.cache, time.monotonic() + save_s
+        if cache.prompt_cache_file:
+            self._engine.slots.save_file(Path(cache.prompt_cache_file), all_tokens=cache.prompt_cache_all)
+        self._engine.stop(save_until=until if cache.resume else None)
         if self._mailbox is not None:
             self._mailbox.stop_shards()
+
+
+def _tiers(plan: Plan, gguf: GgufFile) -> dict[str, Any]:
+    """What `Engine` needs of the prompt cache beyond the pages; nothing where there is none."""
+    cache = plan.cache
+    if not (cache.store_url or cache.cache_ram_bytes or cache.prompt_cache_file):
+        return {}
+    from numoe.engine.cache import RamTier, StoreTier
+    from numoe.engine.store import open_store
+    from numoe.engine.store.fingerprint import ModelFingerprint
+    from numoe.engine.store.manifest import Origin
+    from numoe.engine.store.portable import kv_type_name
+
+    fingerprint = ModelFingerprint.from_gguf(gguf, threads=plan.attention_threads)
+    tiers: dict[str, Any] = {"origin": Origin.of(fingerprint, kv_type_name(plan.kv_type))}
+    if cache.cache_ram_bytes:
+        tiers["ram"] = RamTier(cache.cache_ram_bytes)
+    if cache.store_url:
+        options = {"endpoint": cache.store_endpoint} if cache.store_endpoint else {}
+        tiers["tier"] = StoreTier(open_store(cache.store_url, **options), cache.store_limit_bytes)
+    return tiers
 
 
 def _forward_of(plan: Plan) -> Callable[..., Forward]:

@@ -2,7 +2,8 @@
 
 Only ids live here; the memory that they name belongs to the attention backend. A full page may be
 published under the key of what it holds (`prefix.py`). When nobody holds it any more it stays where it
-is, and can be adopted by whoever needs the same, until its memory is needed for something else.
+is, and can be adopted by whoever needs the same, until its memory is needed for something else: but,
+where published pages are saved elsewhere, not before that is done.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ def pages_for(n_tokens: int) -> int:
 class PageAllocator:
     """Hands out the page ids 0 … n_pages - 1, counts who holds each, and knows what published ones hold.
 
+    saves: whether somebody saves published pages and says so (`mark_saved`).
     Not thread-safe: the scheduler, its one user, runs in the step loop.
     """
 
-    def __init__(self, n_pages: int) -> None:
+    def __init__(self, n_pages: int, *, saves: bool = False) -> None:
         if n_pages < 1:
             raise ResourceError(f"a KV cache of {n_pages} pages holds nothing; it needs at least one")
         self._references = [0] * n_pages
@@ -35,6 +37,9 @@ class PageAllocator:
         self._pages_of: dict[bytes, int] = {}
         self._keys: dict[int, bytes] = {}
         self._idle: dict[int, None] = {}  # published pages that nobody holds, the one let go first in front
+        self._partial: dict[bytes, int] = {}  # tokens of published pages that are not full
+        self._saves = saves
+        self._unsaved: set[int] = set()
 
     @property
     def n_pages(self) -> int:
@@ -52,6 +57,16 @@ class PageAllocator:
         return len(self._idle)
 
     @property
+    def n_unsaved(self) -> int:
+        """Published pages that nobody holds and that cannot be taken before they are saved."""
+        return len(self._unsaved & self._idle.keys())
+
+    @property
+    def n_available(self) -> int:
+        """Pages that `allocate` can give."""
+        return self.n_free - self.n_unsaved
+
+    @property
     def n_used(self) -> int:
         """Pages with at least one holder; a shared page counts once."""
         return self.n_pages - self.n_free
@@ -65,9 +80,9 @@ class PageAllocator:
 
         Published pages are taken last, the one first that was let go first; they are forgotten then.
         """
-        if count > self.n_free:
+        if count > self.n_available:
             raise ResourceError(
-                f"the KV cache has {self.n_free} of {self.n_pages} pages free and {count} are needed: "
+                f"the KV cache has {self.n_available} of {self.n_pages} pages free and {count} are needed: "
                 "wait for a request to end, or give the cache more memory"
             )
         pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]
@@ -76,8 +91,10 @@ class PageAllocator:
         return pages
 
     def _evict(self) -> int:
-        page = next(iter(self._idle))
-        del self._idle[page], self._pages_of[self._keys.pop(page)]
+        page = next(page for page in self._idle if page not in self._unsaved)
+        key = self._keys.pop(page)
+        del self._idle[page], self._pages_of[key]
+        self._partial.pop(key, None)
         return page
 
     def share(self, pages: Iterable[int]) -> None:
@@ -87,11 +104,34 @@ class PageAllocator:
         for page in pages:
             self._references[page] += 1
 
-    def publish(self, page: int, key: bytes) -> None:
-        """Let a held, full page be found under `key`; where another has that key, this one stays unknown."""
+    def publish(self, page: int, key: bytes, tokens: int = PAGE_TOKENS) -> None:
+        """Let a held page, to which nothing is added any more, be found under `key`.
+
+        tokens: that it holds. Where another page has that key, this one stays unknown.
+        """
         self._require_held([page], times=1)
         if key not in self._pages_of and page not in self._keys:
             self._pages_of[key], self._keys[page] = page, key
+            if tokens < PAGE_TOKENS:
+                self._partial[key] = tokens
+            if self._saves:
+                self._unsaved.add(page)
+
+    def tokens_of(self, key: bytes) -> int:
+        """Tokens in the page that is published under `key`."""
+        return self._partial.get(key, PAGE_TOKENS)
+
+    def mark_saved(self, key: bytes) -> None:
+        """Note that what is published under `key` need not be kept here."""
+        if (page := self._pages_of.get(key)) is not None:
+            self._unsaved.discard(page)
+
+    def unsaved_keys(self) -> list[bytes]:
+        """The keys of pages that nobody holds and that wait to be saved."""
+        return [self._keys[page] for page in self._idle if page in self._unsaved]
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._pages_of
 
     def adopt(self, keys: Sequence[bytes]) -> list[int]:
         """The pages of as many of `keys` as are known, from the first on, each with one reference more."""
@@ -123,6 +163,8 @@ class PageAllocator:
     def check_integrity(self) -> None:
         """Raise RuntimeError unless every page is either free once or held, and published ones are found."""
         unheld = [*self._free, *self._idle]
+        if not self._unsaved <= self._keys.keys():
+            raise RuntimeError("a KV page that is not published waits to be saved")
         if len(set(unheld)) != len(unheld):
             raise RuntimeError("a KV page is on the free list twice")
         published = {page: key for key, page in self._pages_of.items()}
@@ -168,9 +210,9 @@ class PageTable:
         self.pages = self._allocator.adopt(keys)
         return self.capacity
 
-    def publish(self, number: int, key: bytes) -> None:
-        """Let page number `number`, which is full, be found under `key`."""
-        self._allocator.publish(self.pages[number], key)
+    def publish(self, number: int, key: bytes, tokens: int = PAGE_TOKENS) -> None:
+        """Let page number `number` be found under `key`, as `PageAllocator.publish`."""
+        self._allocator.publish(self.pages[number], key, tokens)
 
     def release(self) -> None:
         """Give all pages back; the table is empty afterwards."""

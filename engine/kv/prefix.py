@@ -12,6 +12,7 @@ class ChunkKeys:
     """The keys of one sequence's chunks, computed as it grows; `root` is the key before the first."""
 
     def __init__(self, root: bytes) -> None:
+        self.root = root
         self._keys = [root]
 
     def of(self, tokens: Sequence[int], count: int) -> list[bytes]:

@@ -8,16 +8,21 @@ from numoe.engine.kv.pages import PageTable
 from numoe.engine.kv.prefix import ChunkKeys
 from numoe.engine.requests import GenerationRequest, Timings
 from numoe.engine.sampling import Sampler
+from numoe.engine.scheduler.load import Load
 
 
 @dataclass(eq=False)
 class Sequence:
     """A request's tokens and how far they are computed.
 
-    tokens:   the prompt and what was generated. computed: how many of them are in the KV cache.
+    tokens:   the prompt and what was generated, unless the context was full and the middle was
+              dropped. generated: how many. computed: how many of `tokens` are in the KV cache.
     number:   counts submissions: the lower, the older, and the older goes first.
     keys:     of its full pages, None if it neither uses nor leaves cached pages.
-    slot:     None while it waits. Times are the scheduler's clock, seconds; None before they happen.
+    loadable: chunks from the first on that the prompt cache is known to have; None while that is
+              being found out. load: chunks on their way into its pages.
+    slot:     None while it waits. announced: whether its start was told. Times are
+              the scheduler's clock, seconds; None before they happen.
     """
 
     request: GenerationRequest
@@ -27,8 +32,12 @@ class Sequence:
     submitted: float
     keys: ChunkKeys | None = None
     tokens: list[int] = field(default_factory=list)
+    generated: int = 0
     computed: int = 0
+    loadable: int | None = 0
+    load: Load | None = None
     slot: int | None = None
+    announced: bool = False
     admitted: float | None = None
     first_token: float | None = None
 
@@ -39,11 +48,6 @@ class Sequence:
     def prompt_tokens(self) -> int:
         """Tokens of the prompt."""
         return len(self.request.token_ids)
-
-    @property
-    def generated(self) -> int:
-        """Tokens generated so far."""
-        return len(self.tokens) - self.prompt_tokens
 
     @property
     def pending(self) -> int:

@@ -21,6 +21,8 @@ from numoe.engine.kv.pages import PAGE_TOKENS
 FORMAT_VERSION: Final = 1
 """Of the bytes of a chunk (`chunks.py`, `portable.py`): another version is another root."""
 KEY_BYTES: Final = 32
+CHUNKS: Final = "chunks"
+"""The folder of the chunks' objects."""
 
 
 def root_key(fingerprint: bytes, kv_type: str, salt: bytes = b"") -> bytes:
@@ -54,4 +56,4 @@ def chain_keys(previous: bytes, token_ids: npt.ArrayLike) -> list[bytes]:
 def chunk_path(key: bytes) -> str:
     """The name of a chunk's object: spread over folders, as no file system likes a million names in one."""
     name = key.hex()
-    return f"chunks/{name[:2]}/{name}"
+    return f"{CHUNKS}/{name[:2]}/{name}"

@@ -30,7 +30,9 @@ MANIFEST_VERSION: Final = 1
 _MAGIC: Final = b"numoeSS\n"
 _CHECKSUM: Final = 32
 _NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
-_FOLDER: Final = "snapshots"
+SNAPSHOTS: Final = "snapshots"
+RESUMABLE: Final = "resumable"
+"""The folders of snapshots that users name, and of conversations that lost their slot."""
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -60,7 +62,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     chunk_keys:  of every full chunk of computed tokens, in order, 32 bytes each; partial_key of the
                  rest, or None without one.
     salt:        of the chain's root.
-    sampling:    how the slot's last request chose tokens; with the tokens that is all its state.
+    prompt_tokens: how many of the tokens the last request began with.
+    sampling:    how that request chose tokens; with the tokens that is all its state.
     chunk_bytes: bytes of the chunks' objects together, the partial one's included.
     created:     seconds since 1970.
     """
@@ -75,6 +78,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     sampling: SamplingParams
     chunk_bytes: int
     created: float
+    prompt_tokens: int = 0
     version: int = MANIFEST_VERSION
 
     @property
@@ -90,7 +94,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @classmethod
     def of(
         cls, name: str, origin: Origin, token_ids: npt.ArrayLike, *, computed: int, salt: bytes = b"",
-        sampling: SamplingParams, chunk_bytes: int, created: float,
+        sampling: SamplingParams, chunk_bytes: int, created: float, prompt_tokens: int = 0,
     ) -> Self:  # fmt: skip
         """A manifest whose chunk keys follow from the rest."""
         ids = np.asarray(token_ids, "<i4")
@@ -100,6 +104,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return cls(
             name=check_name(name), origin=origin, tokens=ids.tobytes(), computed=computed, chunk_keys=keys,
             partial_key=partial, salt=salt, sampling=sampling, chunk_bytes=chunk_bytes, created=created,
+            prompt_tokens=prompt_tokens,
         )  # fmt: skip
 
 
@@ -152,9 +157,9 @@ def check_compatible(manifest: Manifest, ours: Origin) -> None:
             )
 
 
-def manifest_path(name: str) -> str:
+def manifest_path(name: str, folder: str = SNAPSHOTS) -> str:
     """The object of snapshot `name`; InputError for an impossible name."""
-    return f"{_FOLDER}/{check_name(name)}"
+    return f"{folder}/{check_name(name)}"
 
 
 def check_name(name: str) -> str:

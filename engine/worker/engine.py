@@ -12,14 +12,19 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from numoe.engine.cache import RamTier, StoreTier
 from numoe.engine.errors import InputError, NumoeError, UnavailableError
 from numoe.engine.kv.pages import pages_for
 from numoe.engine.requests import Event, FinishReason, GenerationRequest, WorkerStatus
 from numoe.engine.sampling import StepLogits
 from numoe.engine.scheduler import Batch, Scheduler
+from numoe.engine.store.manifest import Origin
+from numoe.engine.worker.caching import Caching
 from numoe.engine.worker.options import Forward
+from numoe.engine.worker.slots import SlotOperations
 
 _REMEMBERED = 1024  # requests
+_DEADLINES_S = 0.1  # how exactly deadlines are kept while nothing can run
 _Value = TypeVar("_Value")
 
 
@@ -35,12 +40,18 @@ class Measurement:
 class Engine:
     """Scheduler and forward pass together; `run` is the loop, everything else may be called beside it.
 
-    emit is called from the loop with the events of one step, for all requests at once.
+    emit is called with the events of one step, for all requests at once, and with those of `slots`.
+    ram, tier, origin: of the prompt cache behind the pages, see `Caching`.
     """
 
-    def __init__(self, scheduler: Scheduler, forward: Forward, emit: Callable[[list[Event]], None]) -> None:
+    def __init__(
+        self, scheduler: Scheduler, forward: Forward, emit: Callable[[list[Event]], None], *,
+        ram: RamTier | None = None, tier: StoreTier | None = None, origin: Origin | None = None,
+    ) -> None:  # fmt: skip
         self._scheduler, self._forward, self._emit = scheduler, forward, emit
         self._changed = threading.Condition()
+        self._caching = Caching(scheduler, self._changed, forward.pages, ram, tier, origin)
+        self.slots = SlotOperations(scheduler, self._changed, self._caching, emit)
         self._stepping = False
         self._stopping = False
         self._overtaken: dict[str, FinishReason] = {}
@@ -73,12 +84,17 @@ class Engine:
     def status(self) -> WorkerStatus:
         """What is running, what waits, and where the last step's time went."""
         with self._changed:
-            return self._scheduler.status(steps=self._steps, step_ms=dict(self._step_ms))
+            return self._scheduler.status(self._steps, dict(self._step_ms), self._caching.status())
 
-    def stop(self) -> None:
+    def resume(self) -> int:
+        """Offer the conversations again that an earlier server left in the store; how many there are."""
+        return self._caching.resume()
+
+    def stop(self, save_until: float | None = None) -> None:
         """Make `run` return after the step under way; requests still there end with "unavailable".
 
-        Returns when no step is under way any more.
+        Returns when no step is under way any more and, given save_until (`time.monotonic()`), all
+        conversations are in the store, or that moment has come.
         """
         with self._changed:
             self._stopping = True
@@ -86,6 +102,9 @@ class Engine:
             self._changed.notify_all()
             while self._stepping:
                 self._changed.wait()
+        if save_until is not None:
+            self._caching.save_all(save_until)
+        self._caching.close()
 
     def run(self) -> None:
         """Run steps while there is work, sleep while there is none, until `stop`."""
@@ -93,15 +112,21 @@ class Engine:
             with self._changed:
                 while not self._stopping and not self._scheduler.has_work:
                     self._send(self._scheduler.drain_events())
+                    self._caching.collect()
                     self._changed.wait()
                 if self._stopping:
                     break
                 batch = self._scheduler.schedule(time.time())
+                self._caching.collect(starved=self._scheduler.starved)
                 events = self._scheduler.drain_events()
                 self._stepping = batch is not None
+                if batch is None:  # until something is found, loaded or saved, or a deadline may have come
+                    self._send(events)
+                    self._changed.wait(_DEADLINES_S)
+                    continue
             try:
                 self._send(events)
-                events = [] if batch is None else self._step(batch)
+                events = self._step(batch)
             finally:  # `stop` waits for this, whatever went wrong
                 with self._changed:
                     self._stepping = False

@@ -20,10 +20,10 @@ class Clock:
         return self.now
 
 
-def make(slots=2, context=600, chunk_tokens=64, queue_limit=4, n_pages=None, clock=None) -> Scheduler:
+def make(slots=2, context=600, chunk_tokens=64, queue_limit=4, n_pages=None, clock=None, **rest) -> Scheduler:
     pages = slots * -(-context // PAGE_TOKENS) if n_pages is None else n_pages
     config = SchedulerConfig(
-        slots=slots, context=context, chunk_tokens=chunk_tokens, queue_limit=queue_limit, n_pages=pages
+        slots=slots, context=context, chunk_tokens=chunk_tokens, queue_limit=queue_limit, n_pages=pages, **rest
     )
     return Scheduler(config, clock or Clock())
 
@@ -45,6 +45,14 @@ class Cache:
         pages = batch.page_tables[batch.slots, batch.positions // PAGE_TOKENS]
         self._ids[pages, batch.positions % PAGE_TOKENS] = batch.token_ids
 
+    def copy(self, source: int, target: int) -> None:
+        """What the tail of a load does."""
+        self._ids[target] = self._ids[source]
+
+    def page(self, page: int) -> np.ndarray:
+        """The token ids in a page, to be read or written."""
+        return self._ids[page]
+
     def read(self, batch: Batch, row: int) -> list[int]:
         """What attention reads for a row: the tokens from position 0 to its own."""
         length = int(batch.positions[row]) + 1
@@ -65,6 +73,10 @@ def rows(batch: Batch) -> dict[str, int]:
 def step(scheduler: Scheduler, token_id: int = 7, now: float = 0.0) -> Batch | None:
     """One step in which every sequence that wants a token gets the same."""
     batch = scheduler.schedule(now)
+    if loads := scheduler.drain_loads():  # tails that are copied from page to page
+        for load in loads:
+            scheduler.loaded(load, 0, tail=True)
+        batch = scheduler.schedule(now)
     if batch is not None:
         scheduler.postprocess(batch, [SampledToken(token_id)] * len(batch.logit_rows))
     scheduler.check_integrity()

@@ -329,8 +329,8 @@ def test_the_youngest_gives_way_and_continues_with_the_same_tokens():
 def test_a_preempted_request_starts_only_once_and_keeps_its_place_in_line():
     scheduler = make(slots=2, n_pages=3, chunk_tokens=1000)
     scheduler.submit(request("old", prompt=2 * PAGE_TOKENS - 1))
-    scheduler.submit(request("young", prompt=3))
-    scheduler.submit(request("later", prompt=3))
+    scheduler.submit(request("young", prompt=[1, 2, 3]))
+    scheduler.submit(request("later", prompt=[4, 5, 6]))
     assert names(step(scheduler)) == ["old", "young"]
     assert names(step(scheduler)) == ["old", "young"]
     assert names(step(scheduler)) == ["old"], "the third page is for the oldest"
@@ -437,6 +437,6 @@ def test_integrity_check_finds_a_lost_page():
     scheduler = make()
     scheduler.submit(request("a"))
     step(scheduler)
-    scheduler._slots[0].table.pages.clear()
+    scheduler.slots.sequences[0].table.pages.clear()
     with pytest.raises(RuntimeError, match="sequences hold 0 KV pages, the allocator gave out 1"):
         scheduler.check_integrity()

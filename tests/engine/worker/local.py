@@ -30,6 +30,7 @@ Made = TypeVar("Made", bound=Forward)
 def local_forward(
     path: Path, *, shards: int = 1, threads: int = 2, max_rows: int = 96, slots: int = 8, context: int = 512,
     absent: Collection[int] = (), late: list[ExpertShard] | None = None, bound_s: float = 30.0, kv_type: KvType = F16,
+    n_pages: int | None = None,
     make: Callable[[ModelConfig, GgufFile, Mailbox | None, ForwardOptions, Progress], Made] = CpuForward,
 ) -> Iterator[Made]:  # fmt: skip
     """A forward pass over the model at `path`; shards in `absent` are not started but added to `late`."""
@@ -50,8 +51,8 @@ def local_forward(
                 elif late is not None:
                     late.append(shard)
         options = ForwardOptions(
-            max_rows=max_rows, slots=slots, n_pages=slots * pages_for(context), context=context, threads=threads,
-            threads_on_host=99, shard_bound_s=bound_s, kv_type=kv_type,
+            max_rows=max_rows, slots=slots, n_pages=n_pages or slots * pages_for(context), context=context,
+            threads=threads, threads_on_host=99, shard_bound_s=bound_s, kv_type=kv_type,
         )  # fmt: skip
         forward = make(config, gguf, mailbox, options, Progress(1))
         forward.attach_experts(folder)

@@ -26,10 +26,18 @@ class Sizes:
     vocab: int = VOCAB
 
 
+class CopiedPages:
+    """Pages that hold nothing."""
+
+    def copy_page(self, source, target):
+        pass
+
+
 class CountingForward:
     """A model that answers n with n + 1. A step can be held, and made to fail."""
 
     options = config = Sizes()
+    pages = CopiedPages()
 
     def __init__(self):
         self.steps, self.errors = 0, []

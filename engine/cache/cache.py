@@ -1,0 +1,276 @@
+"""`PromptCache`: chunks beyond the KV pages. Prompts find them again, and new ones are saved beside the steps."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from typing import TYPE_CHECKING, Protocol
+
+from numoe.engine.cache.ram import RamTier
+from numoe.engine.cache.store_tier import OUTAGES, StoreTier
+from numoe.engine.errors import DataLossError, NotFoundError, NumoeError, UnavailableError
+from numoe.engine.kv.pages import PAGE_TOKENS
+from numoe.engine.requests import CacheStatus
+from numoe.engine.store.chunks import decode_chunk, encode_chunk
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from numoe.engine.kv.port import PagePort
+    from numoe.engine.scheduler.load import Load
+
+logger = logging.getLogger(__name__)
+Layers = tuple[list[memoryview], int]
+"""The layers of a chunk, and the bytes read from the store for them."""
+
+
+class PageBroker(Protocol):
+    """Lends pages that hold what is published, from any thread."""
+
+    def borrow(self, key: bytes) -> tuple[int, int] | None:
+        """The page under `key` and the tokens in it, or None; nobody changes it until `give_back`."""
+
+    def give_back(self, page: int) -> None:
+        """Let go of a borrowed page."""
+
+    def saved(self, key: bytes) -> None:
+        """What is published under `key` need not be kept in its page for this cache's sake."""
+
+
+class PromptCache:
+    """Host memory, and behind it the store, None without one; every method may be called from any thread.
+
+    readers: threads that read chunks. Two threads more work in the background: one copies published
+    pages to host memory, one writes what is there to the store. Neither holds up a step: what finds
+    no room is dropped and counted.
+    """
+
+    def __init__(
+        self, pages: PagePort, broker: PageBroker, readers: Executor, ram: RamTier, tier: StoreTier | None
+    ) -> None:
+        self.pages, self.readers, self.ram, self.tier = pages, readers, ram, tier
+        self._broker = broker
+        self._kv_type = pages.shape(PAGE_TOKENS).kv_type
+        self._changed = threading.Condition()
+        self._exports: deque[bytes] = deque()
+        self._writes: deque[bytes] = deque()
+        self._busy = 0
+        self._closed = False
+        self._dropped = 0
+        self._hits = {"ram": 0, "store": 0, "pages": 0}
+        self._misses = 0
+        self._threads = [threading.Thread(target=self._export_pages, name="cache-export", daemon=True)]
+        if tier is not None:
+            self._threads.append(threading.Thread(target=self._write_chunks, name="cache-write", daemon=True))
+            self._threads.append(threading.Thread(target=self._list_chunks, name="cache-list", daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    def find(self, keys: Sequence[bytes]) -> int:
+        """How many of a prompt's chunks can be read, from the first on."""
+        found = 0
+        for key in keys:
+            if key not in self.ram and not (self.tier and self.tier.has(key)):
+                break
+            found += 1
+        self.ram.touch(list(keys[:found]))
+        if self.tier is not None:
+            self.tier.touch(keys[:found])
+        return found
+
+    def read(self, key: bytes, tokens: int, *, repair: bool = False) -> Layers:
+        """The layers' canonical bytes of a chunk of `tokens` tokens, verified.
+
+        repair: remove what is damaged, so that it can be written anew. Raises NotFoundError,
+        DataLossError, which names the chunk, and what the store raises.
+        """
+        shape = self.pages.shape(tokens)
+        if (data := self.ram.get(key)) is not None:
+            self._hits["ram"] += 1
+            return decode_chunk(data, key, shape), 0
+        if self.tier is None:
+            raise NotFoundError(f"KV chunk {key.hex()} is in no cache; it is computed again")
+        data = self.tier.read(key)
+        try:
+            layers = decode_chunk(data, key, shape)
+        except DataLossError:
+            if repair:
+                self.tier.remove(key)
+            raise
+        self._hits["store"] += 1
+        self.ram.put(key, data, waits=False)
+        return layers, data.nbytes
+
+    def load(self, load: Load) -> tuple[int, bool]:
+        """Bring what a load names into its pages: how many of its chunks came, and whether the tail did."""
+        failed = threading.Event()
+
+        def bring(key: bytes, page: int, tokens: int) -> bool:
+            if load.cancelled or failed.is_set():
+                return False
+            try:
+                self.pages.import_page(page, self.read(key, tokens, repair=True)[0], tokens)
+            except NumoeError as error:
+                logger.info("a chunk is computed again: %s", error)
+                self._misses += 1
+                failed.set()
+                return False
+            return True
+
+        came = list(self.readers.map(bring, load.keys, load.pages, [PAGE_TOKENS] * len(load.keys)))
+        done = next((number for number, good in enumerate(came) if not good), len(came))
+        tail = load.tail
+        if tail is None or done < len(load.keys) or load.cancelled:
+            return done, False
+        if tail.source is not None:
+            self._hits["pages"] += 1
+            self.pages.copy_page(tail.source, tail.page)
+            return done, True
+        return done, bring(tail.key, tail.page, tail.chunk_tokens)
+
+    # --- saving -----------------------------------------------------------------------------------
+
+    def save_soon(self, keys: Sequence[bytes], *, first: bool = False) -> None:
+        """Save published pages in the background; first: before others, as somebody waits for the pages."""
+        with self._changed:
+            waiting = set(self._exports)
+            for key in keys:
+                if key not in waiting:
+                    (self._exports.appendleft if first else self._exports.append)(key)
+            self._changed.notify_all()
+
+    def encode(self, key: bytes) -> Buffer | None:
+        """The object of a chunk that is in host memory or in a page, or None."""
+        if (data := self.ram.get(key)) is not None:
+            return data
+        if (lent := self._broker.borrow(key)) is None:
+            return None
+        page, tokens = lent
+        try:
+            layers = [layer.data for layer in self.pages.export_page(page, tokens)]
+            return encode_chunk(key, self._kv_type, layers, tokens)
+        finally:
+            self._broker.give_back(page)
+
+    def store_now(self, key: bytes) -> int | None:
+        """Write a chunk to the store unless it is there; bytes written, None if nobody has it any more.
+
+        Raises what the store raises.
+        """
+        if self.tier is None:
+            raise UnavailableError("this server has no store: start it with --store URL")
+        if self.tier.exists(key):
+            return 0
+        if (data := self.encode(key)) is None:
+            return None
+        written = memoryview(data).nbytes if self.tier.write(key, data) else 0
+        self.ram.written(key)
+        return written
+
+    def flush(self, deadline: float) -> bool:
+        """Wait until nothing is left to be saved, at most until `time.monotonic()` is `deadline`; whether it is so."""
+        with self._changed:
+            while self._exports or self._writes or self._busy:
+                if (left := deadline - time.monotonic()) <= 0 or (self.tier and self.tier.error):
+                    return False
+                self._changed.wait(min(left, 0.2))
+        return True
+
+    def close(self) -> None:
+        """Stop the threads; what was not written is lost, and computed again when it is needed."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def status(self) -> CacheStatus:
+        """How full it is and what it was good for."""
+        tier = self.tier
+        return CacheStatus(
+            ram_bytes=self.ram.nbytes,
+            ram_limit=-1 if self.ram.limit is None else self.ram.limit,
+            store_url=tier.store.url if tier else "",
+            store_bytes=tier.nbytes if tier else 0,
+            store_limit=(tier.limit or 0) if tier else 0,
+            pending=len(self._exports) + len(self._writes),
+            dropped=self._dropped,
+            hits_pages=self._hits["pages"],
+            hits_ram=self._hits["ram"],
+            hits_store=self._hits["store"],
+            misses=self._misses,
+            store_error=tier.error if tier else "",
+        )
+
+    # --- the background ---------------------------------------------------------------------------
+
+    def _list_chunks(self) -> None:
+        assert self.tier is not None
+        try:
+            self.tier.list_chunks()
+        except NumoeError as error:
+            logger.warning("the store's chunks could not be listed: %s", error)
+
+    def _export_pages(self) -> None:
+        self._work(self._exports, self._export_page)
+
+    def _export_page(self, key: bytes) -> None:
+        try:
+            if key in self.ram or (self.tier is not None and self.tier.has(key)):
+                return
+            data = self.encode(key)
+            if data is None:
+                return
+            if not self.ram.put(key, data, waits=self.tier is not None):
+                self._dropped += 1
+            elif self.tier is not None:
+                with self._changed:
+                    self._writes.append(key)
+                    self._changed.notify_all()
+        finally:
+            self._broker.saved(key)
+
+    def _write_chunks(self) -> None:
+        self._work(self._writes, self._write_chunk)
+
+    def _write_chunk(self, key: bytes) -> None:
+        assert self.tier is not None
+        with self._changed:
+            while not self._closed and (pause := self.tier.seconds_to_wait):
+                self._changed.wait(pause)
+            if self._closed:
+                return
+        if (data := self.ram.get(key)) is None:
+            return
+        try:
+            self.tier.write(key, data)
+        except OUTAGES as error:
+            logger.info("chunk %s is written later: %s", key.hex(), error)
+            with self._changed:
+                self._writes.appendleft(key)
+        else:
+            self.ram.written(key)
+
+    def _work(self, queue: deque[bytes], do: Callable[[bytes], None]) -> None:
+        """Do the work of a queue until `close`."""
+        while True:
+            with self._changed:
+                while not queue and not self._closed:
+                    self._changed.wait()
+                if self._closed:
+                    return
+                key = queue.popleft()
+                self._busy += 1
+            try:
+                do(key)
+            except Exception:  # a page that is not saved must not end the saving of others
+                logger.exception("chunk %s could not be saved", key.hex())
+                self._dropped += 1
+            finally:
+                with self._changed:
+                    self._busy -= 1
+                    self._changed.notify_all()

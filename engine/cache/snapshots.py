@@ -1,0 +1,259 @@
+"""Conversations in the store: chunks first, then a manifest that names them, with a conditional put.
+
+Until the manifest is written the snapshot does not exist, and afterwards all of it does: a process
+that dies at any moment leaves the old snapshot or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from blake3 import blake3
+
+from numoe.engine.cache.cache import PromptCache
+from numoe.engine.cache.store_tier import StoreTier
+from numoe.engine.errors import NotFoundError, NumoeError, PreconditionError, UnavailableError
+from numoe.engine.kv.pages import PAGE_TOKENS
+from numoe.engine.kv.prefix import ChunkKeys
+from numoe.engine.requests import SnapshotInfo
+from numoe.engine.scheduler.conversation import Conversation
+from numoe.engine.store import Entry
+from numoe.engine.store.keys import root_key
+from numoe.engine.store.manifest import (
+    RESUMABLE,
+    SNAPSHOTS,
+    Manifest,
+    Origin,
+    check_compatible,
+    decode_manifest,
+    encode_manifest,
+    manifest_path,
+)
+
+logger = logging.getLogger(__name__)
+MAX_RESUMABLE: Final = 256
+"""Conversations without a slot that the store keeps; the oldest go first."""
+
+
+class StoppedError(NumoeError):
+    """Whoever wanted a save or a restore has gone away."""
+
+
+@dataclass
+class Progress:
+    """How far a save or a restore has come; `report` is called after each chunk.
+
+    moved_*: what was really uploaded or read, the rest being there already. `stopped` ends it.
+    """
+
+    chunks: int = 0
+    bytes: int = 0
+    report: Callable[[Progress], None] = lambda _: None
+    stopped: bool = False
+    done_chunks: int = 0
+    done_bytes: int = 0
+    moved_chunks: int = 0
+    moved_bytes: int = 0
+
+    def begin(self, sizes: Sequence[int]) -> None:
+        """So many bytes in so many chunks."""
+        self.chunks, self.bytes = len(sizes), sum(sizes)
+        self.report(self)
+
+    def add(self, nbytes: int, moved: int) -> None:
+        """One more chunk of `nbytes` is done, of which `moved` bytes had to be moved; StoppedError if nobody waits."""
+        self.check()
+        self.done_chunks += 1
+        self.done_bytes += nbytes
+        self.moved_chunks += moved > 0
+        self.moved_bytes += moved
+        self.report(self)
+
+    def check(self) -> None:
+        """StoppedError if nobody waits any more."""
+        if self.stopped:
+            raise StoppedError("the operation was cancelled; nothing was changed")
+
+
+class Snapshots:
+    """Saves, lists and removes snapshots of conversations of one model, and finds what can be resumed.
+
+    origin: of this server. Methods block and may be called from any thread; they raise what the
+    store raises, and UnavailableError on a server without one.
+    """
+
+    def __init__(self, cache: PromptCache, origin: Origin) -> None:
+        self.cache, self.origin = cache, origin
+        self._read: dict[tuple[str, float, int], Manifest] = {}
+        if cache.tier is not None:
+            cache.tier.pinned = self.pinned_keys
+
+    @property
+    def _tier(self) -> StoreTier:
+        if self.cache.tier is None:
+            raise UnavailableError("this server has no store: start it with --store URL")
+        return self.cache.tier
+
+    # --- users' snapshots -------------------------------------------------------------------------
+
+    def save(self, conversation: Conversation, name: str, progress: Progress) -> Manifest:
+        """Write what the store lacks, then the manifest.
+
+        Raises PreconditionError if somebody else writes the same name meanwhile.
+        """
+        path, store = manifest_path(name), self._tier.store
+        version: str | None = None
+        with contextlib.suppress(NotFoundError):
+            version = store.get_versioned(path)[1]
+        return self._save(conversation, name, progress, lambda data: store.put_if(path, data, version))
+
+    def manifest(self, name: str) -> Manifest:
+        """The manifest of a snapshot that can be restored here.
+
+        Raises NotFoundError, DataLossError, and PreconditionError, which names what does not fit.
+        """
+        try:
+            data = self._tier.store.get(manifest_path(name))
+        except NotFoundError:
+            raise NotFoundError(f"there is no snapshot {name}; numoe slots snapshots lists those there are") from None
+        manifest = decode_manifest(data, name)
+        check_compatible(manifest, self.origin)
+        return manifest
+
+    def infos(self) -> tuple[SnapshotInfo, ...]:
+        """All snapshots of the store, of other models too, ordered by name."""
+        return tuple(self._info(entry) for entry in self._tier.store.list(SNAPSHOTS))
+
+    def remove(self, name: str) -> None:
+        """Remove a snapshot; its chunks stay as long as there is room for them."""
+        path = manifest_path(name)
+        if not self._tier.store.exists(path):
+            raise NotFoundError(f"there is no snapshot {name}; numoe slots snapshots lists those there are")
+        self._tier.store.delete(path)
+
+    def pinned_keys(self) -> set[bytes]:
+        """Chunks that snapshots need."""
+        return {key for _, manifest in self._manifests(SNAPSHOTS) for key in manifest.keys}
+
+    # --- conversations without a slot -------------------------------------------------------------
+
+    def park(self, conversation: Conversation) -> str:
+        """Write a conversation that lost its slot; the name under which it can be resumed."""
+        name = blake3(self.origin.fingerprint + b"".join(conversation.all_keys)).hexdigest(length=16)
+        path, store = manifest_path(name, RESUMABLE), self._tier.store
+        if not store.exists(path):
+            self._save(conversation, name, Progress(), lambda data: store.put_new(path, data))
+            self._forget_old()
+        return name
+
+    def unpark(self, name: str) -> None:
+        """Remove a conversation that went on."""
+        self._tier.store.delete(manifest_path(name, RESUMABLE))
+
+    def resumable(self) -> list[Conversation]:
+        """Conversations of this model that lost their slot, the last one first."""
+        found = [
+            conversation_of(manifest, resumable=manifest.name)
+            for _, manifest in self._manifests(RESUMABLE)
+            if manifest.origin == self.origin
+        ]
+        return sorted(found, key=lambda conversation: -conversation.last_used)
+
+    # --- inside -----------------------------------------------------------------------------------
+
+    def _save(
+        self, conversation: Conversation, name: str, progress: Progress, commit: Callable[[bytes], object]
+    ) -> Manifest:
+        shape = self.cache.pages.shape
+        sizes = [shape(len(conversation.chunk(n))).object_bytes for n in range(len(conversation.all_keys))]
+        progress.begin(sizes)
+        lost = self._write_chunks(conversation.all_keys, sizes, progress)
+        if lost is not None:  # nobody has it any more: what follows is computed again after a restore
+            conversation = shortened(conversation, lost * PAGE_TOKENS)
+        manifest = Manifest.of(
+            name, self.origin, conversation.tokens, computed=conversation.computed, salt=conversation.salt,
+            sampling=conversation.sampling, chunk_bytes=sum(sizes[:lost]), created=time.time(),
+            prompt_tokens=conversation.prompt_tokens,
+        )  # fmt: skip
+        progress.check()
+        with self._tier.keeping():
+            keys = conversation.all_keys
+            for key, there in zip(keys, self.cache.readers.map(self._tier.exists, keys), strict=True):
+                if not there:  # another server made room
+                    raise PreconditionError(f"chunk {key.hex()} was removed while {name} was saved; save it again")
+            commit(encode_manifest(manifest))
+        return manifest
+
+    def _write_chunks(self, keys: Sequence[bytes], sizes: Sequence[int], progress: Progress) -> int | None:
+        """Write what is missing; the number of the first chunk that nobody has any more, None if there is none."""
+
+        def write(key: bytes, nbytes: int) -> bool:
+            progress.check()
+            written = self.cache.store_now(key)
+            if written is None:
+                return False
+            progress.add(nbytes, written)
+            return True
+
+        there = list(self.cache.readers.map(write, keys, sizes))
+        return next((number for number, good in enumerate(there) if not good), None)
+
+    def _manifests(self, folder: str) -> Iterator[tuple[Entry, Manifest]]:
+        """The readable manifests of a folder; each is read once as long as it stays the same."""
+        for entry in self._tier.store.list(folder):
+            name = (entry.key, entry.modified, entry.size)
+            if name not in self._read:
+                try:
+                    short = entry.key.rsplit("/", 1)[-1]
+                    self._read[name] = decode_manifest(self._tier.store.get(entry.key), short)
+                except NotFoundError:
+                    continue
+                except NumoeError as error:
+                    logger.warning("%s", error)
+                    continue
+            yield entry, self._read[name]
+
+    def _info(self, entry: Entry) -> SnapshotInfo:
+        name = entry.key.rsplit("/", 1)[-1]
+        try:
+            manifest = decode_manifest(self._tier.store.get(entry.key), name)
+        except NumoeError as error:
+            return SnapshotInfo(name=name, tokens=0, computed=0, bytes=0, created=entry.modified, mismatch=str(error))
+        mismatch = ""
+        try:
+            check_compatible(manifest, self.origin)
+        except PreconditionError as error:
+            mismatch = str(error)
+        return SnapshotInfo(
+            name=name, tokens=len(manifest.token_ids), computed=manifest.computed, bytes=manifest.chunk_bytes,
+            created=manifest.created, mismatch=mismatch,
+        )  # fmt: skip
+
+    def _forget_old(self) -> None:
+        entries = sorted(self._tier.store.list(RESUMABLE), key=lambda entry: entry.modified)
+        for entry in entries[: max(0, len(entries) - MAX_RESUMABLE)]:
+            self._tier.store.delete(entry.key)
+
+
+def conversation_of(manifest: Manifest, *, snapshot: str = "", resumable: str = "") -> Conversation:
+    """What a manifest describes."""
+    origin = manifest.origin
+    keys = ChunkKeys(root_key(origin.fingerprint, origin.kv_type, manifest.salt))
+    return Conversation.of(
+        keys, manifest.token_ids.tolist(), manifest.computed, salt=manifest.salt, sampling=manifest.sampling,
+        prompt_tokens=manifest.prompt_tokens, snapshot=snapshot, resumable=resumable, last_used=manifest.created,
+    )  # fmt: skip
+
+
+def shortened(conversation: Conversation, computed: int, said: int | None = None) -> Conversation:
+    """The first `said` tokens of a conversation (None: all), `computed` of them with keys and values."""
+    return Conversation.of(
+        ChunkKeys(conversation.root), conversation.tokens[:said].tolist(), computed, salt=conversation.salt,
+        sampling=conversation.sampling, prompt_tokens=conversation.prompt_tokens, snapshot=conversation.snapshot,
+        last_used=conversation.last_used, named=conversation.named,
+    )  # fmt: skip

@@ -1,0 +1,43 @@
+"""Chunks on their way from the prompt cache into the pages of a sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The beginning of a chunk, for a page of its own: the sequence goes on differently behind it.
+
+    key: of the chunk, which holds `chunk_tokens` tokens; `tokens` of them are of use.
+    source: the page that holds the chunk now, or None if it has to be read.
+    """
+
+    key: bytes
+    chunk_tokens: int
+    tokens: int
+    source: int | None
+    page: int
+
+
+@dataclass(eq=False)
+class Load:
+    """What to bring into pages before a sequence runs: full chunks from number `first` on, then a tail.
+
+    All pages have a reference of the load's own, so that nobody else gets them while it is under
+    way. `cancelled` when the sequence has ended or lost its slot: stop, and report as always.
+    """
+
+    first: int
+    keys: tuple[bytes, ...]
+    pages: tuple[int, ...]
+    tail: Tail | None
+    cancelled: bool = False
+
+    @property
+    def held(self) -> list[int]:
+        """The pages with a reference of the load's own."""
+        if self.tail is None:
+            return list(self.pages)
+        source = [] if self.tail.source is None else [self.tail.source]
+        return [*self.pages, self.tail.page, *source]

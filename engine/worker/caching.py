@@ -1,0 +1,200 @@
+"""Between the scheduler and the prompt cache: what one asks for, the other does, beside the steps."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from numoe.engine.cache import PromptCache, RamTier, Snapshots, StoreTier
+from numoe.engine.errors import NumoeError
+from numoe.engine.kv.pages import PAGE_TOKENS
+from numoe.engine.requests import CacheStatus
+from numoe.engine.scheduler import Scheduler
+from numoe.engine.scheduler.load import Load
+from numoe.engine.store.chunks import encode_chunk
+from numoe.engine.store.manifest import Origin
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from numoe.engine.kv.port import PagePort
+    from numoe.engine.scheduler import Sequence as Request
+    from numoe.engine.scheduler.conversation import Conversation
+
+logger = logging.getLogger(__name__)
+_What = TypeVar("_What")
+_JOBS: Final = 8
+_READERS: Final = 4
+_WRITE_BUFFER: Final = 4  # chunks that may wait for the store where host memory is not to be used
+
+
+class Caching:
+    """Serves a scheduler's lookups, loads and saves.
+
+    changed: the engine's lock; whoever waits for it is told when something has come.
+    pages: of the forward pass. cache, snapshots: None if there is nothing beyond the pages.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, changed: threading.Condition, pages: PagePort,
+        ram: RamTier | None = None, tier: StoreTier | None = None, origin: Origin | None = None,
+    ) -> None:  # fmt: skip
+        self._scheduler, self._changed, self.pages = scheduler, changed, pages
+        self.readers = ThreadPoolExecutor(_READERS, "cache-read")
+        self.cache: PromptCache | None = None
+        self.snapshots: Snapshots | None = None
+        self._jobs = ThreadPoolExecutor(_JOBS, "cache-job")
+        self.origin = origin or Origin(fingerprint=b"", parts={}, kv_type="")
+        if origin is not None and (ram is not None or tier is not None):
+            if ram is None:
+                ram = RamTier(0, _WRITE_BUFFER * pages.shape(PAGE_TOKENS).object_bytes)
+            self.cache = PromptCache(pages, self, self.readers, ram, tier)
+            self.snapshots = Snapshots(self.cache, origin)
+
+    # --- the engine's side, its lock held ---------------------------------------------------------
+
+    def collect(self, *, starved: bool = False) -> None:
+        """Begin what the scheduler has asked for; starved: it waits for pages to be saved."""
+        for load in self._scheduler.drain_loads():
+            self._jobs.submit(self._load, load)
+        lookups, parked = self._scheduler.drain_lookups(), self._scheduler.drain_parked()
+        superseded, published = self._scheduler.drain_superseded(), self._scheduler.drain_published()
+        if self.cache is None:
+            return
+        for sequence, keys in lookups:
+            self._jobs.submit(self._find, self.cache, sequence, keys)
+        if published:
+            self.cache.save_soon(published)
+        if starved:
+            self.cache.save_soon(self._scheduler.unsaved_keys(), first=True)
+        if self.snapshots is not None and self.cache.tier is not None:
+            for conversation in parked:
+                self._jobs.submit(self._quietly, self.snapshots.park, conversation)
+            for name in superseded:
+                self._jobs.submit(self._quietly, self.snapshots.unpark, name)
+
+    def status(self) -> CacheStatus:
+        """Of the prompt cache."""
+        return self.cache.status() if self.cache is not None else CacheStatus()
+
+    # --- start and stop ---------------------------------------------------------------------------
+
+    def resume(self) -> int:
+        """Offer the conversations again that lost their slots; how many there are."""
+        if self.snapshots is None or self.cache is None or self.cache.tier is None:
+            return 0
+        try:
+            conversations = self.snapshots.resumable()
+        except NumoeError as error:
+            logger.warning("earlier conversations are not offered: %s", error)
+            return 0
+        with self._changed:
+            for conversation in conversations:
+                self._scheduler.offer(conversation)
+        return len(conversations)
+
+    def save_all(self, until: float) -> None:
+        """Write the conversations of all slots, until `time.monotonic()` is `until`."""
+        if self.snapshots is None or self.cache is None or self.cache.tier is None:
+            return
+        with self._changed:
+            self.collect()
+            held = self._scheduler.slots.conversations
+        saves = [
+            self._jobs.submit(self._quietly, self.snapshots.park, conversation)
+            for conversation in held
+            if conversation is not None and not conversation.resumable
+        ]
+        wait(saves, timeout=max(0.0, until - time.monotonic()))
+        self.cache.flush(until)
+
+    def close(self) -> None:
+        """Stop the background."""
+        self._jobs.shutdown(wait=False, cancel_futures=True)
+        self.readers.shutdown(wait=False, cancel_futures=True)
+        if self.cache is not None:
+            self.cache.close()
+
+    # --- pages for the cache ----------------------------------------------------------------------
+
+    def borrow(self, key: bytes) -> tuple[int, int] | None:
+        """See `PageBroker`."""
+        with self._changed:
+            page = self._scheduler.borrow(key)
+            return None if page is None else (page, self._scheduler.tokens_of(key))
+
+    def give_back(self, page: int) -> None:
+        """See `PageBroker`."""
+        with self._changed:
+            self._scheduler.give_back([page])
+            self._changed.notify_all()
+
+    def saved(self, key: bytes) -> None:
+        """See `PageBroker`."""
+        with self._changed:
+            self._scheduler.saved(key)
+            self._changed.notify_all()
+
+    def chunks(self, conversation: Conversation, held: Conversation) -> list[Buffer]:
+        """The objects of a conversation's chunks, as many as there are; `held`: the one that it is the beginning of."""
+        objects: list[Buffer] = []
+        for number, key in enumerate(conversation.all_keys):
+            tokens = len(conversation.chunk(number))
+            layers = self._layers(held.all_keys[number], tokens, len(held.chunk(number)))
+            if layers is None:
+                break
+            objects.append(encode_chunk(key, self.pages.shape(tokens).kv_type, layers, tokens))
+        return objects
+
+    def _layers(self, key: bytes, tokens: int, held_tokens: int) -> Sequence[Buffer] | None:
+        """The first `tokens` tokens of a chunk, or None if nobody has it."""
+        if (lent := self.borrow(key)) is not None:
+            try:
+                return [layer.data for layer in self.pages.export_page(lent[0], tokens)]
+            finally:
+                self.give_back(lent[0])
+        if self.cache is None or tokens != held_tokens:  # what is computed again is not much
+            return None
+        with contextlib.suppress(NumoeError):
+            return self.cache.read(key, tokens)[0]
+        return None
+
+    # --- jobs -------------------------------------------------------------------------------------
+
+    def _load(self, load: Load) -> None:
+        chunks, tail = 0, False
+        try:
+            if self.cache is not None:
+                chunks, tail = self.cache.load(load)
+            elif load.tail is not None and load.tail.source is not None:
+                self.pages.copy_page(load.tail.source, load.tail.page)
+                tail = True
+        except Exception:  # the sequence goes on without it
+            logger.exception("cached keys and values could not be used; they are computed again")
+        with self._changed:
+            self._scheduler.loaded(load, chunks, tail=tail)
+            self._changed.notify_all()
+
+    def _find(self, cache: PromptCache, sequence: Request, keys: Sequence[bytes]) -> None:
+        found = 0
+        try:
+            found = cache.find(keys)
+        except Exception:
+            logger.exception("the prompt cache could not be searched")
+        with self._changed:
+            self._scheduler.looked_up(sequence, found)
+            self._changed.notify_all()
+
+    def _quietly(self, do: Callable[[_What], object], what: _What) -> None:
+        """Do something that nobody waits for."""
+        try:
+            do(what)
+        except NumoeError as error:
+            logger.warning("%s", error)
+        except Exception:
+            logger.exception("a conversation could not be kept")

@@ -1,0 +1,213 @@
+"""Conversations survive: in pages, in host memory, in the store, in another process, whatever fails."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from numoe.engine.errors import DataLossError, NotFoundError, PreconditionError, ResourceError
+from numoe.engine.kv.pages import PAGE_TOKENS
+from numoe.engine.store import Store, open_store
+from numoe.engine.worker.kv_pool import KvType
+from tests.engine.worker.served import served
+from tests.models import make_model
+
+PROMPT = [(7 * i + i // 11) % 250 for i in range(2 * PAGE_TOKENS + 60)]
+OTHER = [(5 * i + 3) % 250 for i in range(2 * PAGE_TOKENS + 10)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "m.gguf", "qwen3moe")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(tmp_path / "store")
+
+
+@pytest.mark.parametrize("kv_type", [KvType("f16", "f16"), KvType("q8_0", "q8_0")], ids=["f16", "q8_0"])
+def test_a_restored_slot_goes_on_as_if_nothing_had_happened(model: Path, store: Store, kv_type: KvType) -> None:
+    with served(model, store, kv_type=kv_type) as server:
+        _, answer = server.ask(PROMPT, slot=1)
+        text = PROMPT + answer
+        expected = server.ask([*text, 5, 6, 7], slot=0)[1]
+        report = server.engine.slots.save("save", 1, "chat", None)
+        assert (report.tokens, report.computed, report.chunks) == (len(text), len(text) - 1, 3)
+        assert server.progress("save")[-1].done_chunks == 3
+    with served(model, store, kv_type=kv_type, shards=2) as server:
+        report = server.engine.slots.restore("restore", 0, "chat", None)
+        assert report.computed == len(text) - 1
+        assert report.moved_chunks == report.chunks == 3
+        assert server.engine.status().slots[0].cached == len(text) - 1
+        cached, again = server.ask(PROMPT, slot=0)
+        assert (cached, again) == (len(PROMPT) - 1, answer)
+        cached, more = server.ask([*text, 5, 6, 7], slot=0)
+        assert (cached, more) == (len(text) - 1, expected)
+
+
+def test_a_second_save_moves_only_what_is_new(model: Path, store: Store) -> None:
+    with served(model, store) as server:
+        _, answer = server.ask(PROMPT, slot=0)
+        server.engine.slots.save("a", 0, "chat", None)
+        server.ask([*PROMPT, *answer, *range(100)], slot=0)
+        report = server.engine.slots.save("b", 0, "chat", None)
+        assert report.moved_chunks <= 2
+        assert report.chunks == 3
+        assert server.engine.slots.save("c", 0, "chat", None).moved_bytes == 0
+
+
+def test_a_prefix_comes_from_memory_and_from_the_store(model: Path, store: Store) -> None:
+    with served(model, store) as server:
+        answer = server.ask(PROMPT)[1]
+        server.settle()
+        for start in range(2):  # others take all pages
+            server.ask([(start + i) % 250 for i in range(1300)], max_tokens=1)
+        cached, again = server.ask(PROMPT)
+        assert (cached, again) == (len(PROMPT) - 1, answer)
+        assert server.engine.status().cache.hits_ram >= 2
+    with served(model, store, ram=0) as server:
+        cached, again = server.ask(PROMPT)
+        assert (cached, again) == (2 * PAGE_TOKENS, answer)
+        assert server.engine.status().cache.hits_store == 2
+        assert server.ask(PROMPT, bypass_cache=True) == (0, answer)
+        assert server.ask(PROMPT, cache_salt=b"mine") == (0, answer)
+
+
+def test_equal_chunks_are_stored_once(model: Path, store: Store) -> None:
+    for _ in range(2):
+        with served(model, store) as server:
+            server.ask(PROMPT)
+            server.ask([*PROMPT[:PAGE_TOKENS], *OTHER])
+            server.settle()
+    chunks = store.list("chunks")
+    assert len(chunks) == 2 + 2
+
+
+def test_a_conversation_that_lost_its_slot_comes_back_whole(model: Path, store: Store) -> None:
+    with served(model, store, slots=1, n_pages=7, ram=1 << 20) as server:
+        answer = server.ask(PROMPT)[1]
+        for start in range(3):
+            server.ask([(start + i) % 250 for i in range(1300)], max_tokens=1)
+        text = [*PROMPT, *answer]
+        assert server.ask([*text, 9])[0] == len(text) - 1
+
+
+def test_what_was_idle_at_the_stop_is_offered_at_the_start(model: Path, store: Store) -> None:
+    with served(model, store, save=True) as server:
+        answer = server.ask(PROMPT)[1]
+        server.ask(OTHER)
+    with served(model, store, resume=True) as server:
+        slots = server.engine.status().slots
+        assert sorted(slot.tokens for slot in slots) == sorted([len(PROMPT) + 8, len(OTHER) + 8])
+        text = [*PROMPT, *answer]
+        assert server.ask([*text, 9])[0] == len(text) - 1
+
+
+def test_a_failed_restore_leaves_the_slot_as_it_was(model: Path, store: Store) -> None:
+    with served(model, store) as server:
+        server.ask(OTHER, slot=1)
+        server.engine.slots.save("a", 1, "chat", None)
+    damaged = store.list("chunks")[1].key
+    path = Path(store.url) / damaged
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with served(model, store, ram=0) as server:
+        answer = server.ask(PROMPT, slot=0)[1]
+        before = server.engine.status().slots[0]
+        for name, error in (("chat", DataLossError), ("nothing", NotFoundError)):
+            with pytest.raises(error, match=damaged.rsplit("/", 1)[-1] if name == "chat" else name):
+                server.engine.slots.restore("r", 0, name, None)
+            after = server.engine.status().slots[0]
+            assert (after.tokens, after.computed, after.state) == (before.tokens, before.computed, "idle")
+        assert server.ask(PROMPT, slot=0) == (len(PROMPT) - 1, answer)
+        cached, _ = server.ask(OTHER, slot=1)  # the cache computes the damaged chunk again
+        assert cached < len(OTHER) - 1
+        server.settle()
+        assert server.engine.slots.restore("r", 1, "chat", None).computed == len(OTHER) + 7
+
+
+def test_a_snapshot_of_another_kind_is_refused_by_name(model: Path, store: Store, tmp_path: Path) -> None:
+    with served(model, store) as server:
+        server.ask(OTHER, slot=1)
+        server.engine.slots.save("a", 1, "chat", None)
+    with served(model, store, kv_type=KvType("q8_0", "q8_0")) as server:
+        with pytest.raises(PreconditionError, match="KV cache type is f16/f16 there and q8_0/q8_0 here"):
+            server.engine.slots.restore("r", 0, "chat", None)
+        assert "KV cache type" in server.engine.slots.snapshots()[0].mismatch
+    other = make_model(tmp_path / "other.gguf", "qwen3moe", experts_type="Q8_0")
+    with served(other, store) as server, pytest.raises(PreconditionError, match="tensor types"):
+        server.engine.slots.restore("r", 0, "chat", None)
+
+
+def test_a_busy_slot_is_refused_or_waited_for(model: Path, store: Store) -> None:
+    with served(model, store) as server:
+        name = server.submit(PROMPT, max_tokens=600, slot=0)
+        server.started(name)
+        with pytest.raises(PreconditionError, match="slot 0 is in use"):
+            server.engine.slots.save("s", 0, "chat", None)
+        with pytest.raises(PreconditionError, match="slot 0 is in use"):
+            server.submit(OTHER, slot=0)
+        late = server.submit(OTHER, slot=0, slot_deadline=time.time() + 0.01)
+        assert server.end(late)[2].reason == "slot_busy"
+        patient = server.submit(OTHER, slot=0, slot_deadline=time.time() + 100)
+        report = server.engine.slots.save("s", 0, "chat", time.time() + 100)
+        assert server.end(name)[2].reason == "length"
+        assert report.tokens in (len(PROMPT) + 600, len(OTHER) + 8)
+        assert server.end(patient)[2].reason == "length"
+
+
+def test_fork_and_erase(model: Path, store: Store) -> None:
+    with served(model, store) as server:
+        answer = server.ask(PROMPT, slot=0)[1]
+        server.engine.slots.fork(0, 1, None)
+        text = [*PROMPT, *answer]
+        assert server.ask([*text, 1], slot=1)[0] == len(text) - 1
+        assert server.ask([*text, 2], slot=0)[0] >= len(text) - 1
+        server.engine.slots.erase(0, None)
+        assert server.engine.status().slots[0].tokens == 0
+        with pytest.raises(PreconditionError, match="slot 0 is empty"):
+            server.engine.slots.save("s", 0, "chat", None)
+
+
+def test_a_snapshot_that_does_not_fit_into_the_pages_is_refused(model: Path, store: Store) -> None:
+    with served(model, store) as server:
+        server.ask([i % 250 for i in range(1300)], slot=0)
+        server.engine.slots.save("a", 0, "chat", None)
+    with served(model, store, n_pages=6, slots=2) as server:
+        name = server.submit([(3 * i) % 250 for i in range(100)], max_tokens=500, slot=1)
+        server.started(name)
+        with pytest.raises(ResourceError):
+            server.engine.slots.restore("r", 0, "chat", None)
+        assert server.end(name)[2].reason == "length"
+
+
+def test_the_middle_makes_room_when_the_beginning_is_to_be_kept(model: Path, store: Store) -> None:
+    with served(model, store, context=600, keep=-1, n_pages=6) as server:
+        _, answer = server.ask(PROMPT[:500], max_tokens=400)
+        assert len(answer) == 400
+    with served(model, store, context=600, n_pages=6) as server:
+        assert server.ask(PROMPT[:500], max_tokens=400)[1] == answer[:100]
+
+
+def test_a_prompt_cache_in_a_file(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with served(model, None, ram=0) as server:
+        assert server.engine.slots.load_file(path) is None
+        answer = server.ask(PROMPT, slot=0)[1]
+        server.engine.slots.save_file(path, all_tokens=False)
+        server.engine.slots.save_file(tmp_path / "all", all_tokens=True)
+    with served(model, None, ram=0) as server:
+        report = server.engine.slots.load_file(path)
+        assert report is not None
+        assert report.tokens == len(PROMPT)
+        assert server.ask(PROMPT, slot=0) == (len(PROMPT) - 1, answer)
+        report = server.engine.slots.load_file(tmp_path / "all", slot=1)
+        assert report is not None
+        assert report.tokens == len(PROMPT) + len(answer)
+        path.write_bytes(path.read_bytes()[:-10])
+        with pytest.raises(DataLossError, match="in the middle"):
+            server.engine.slots.load_file(path)
