@@ -29,6 +29,7 @@ from numoe.engine.gpu.exchange import WORDS, GpuExchange
 from numoe.engine.gpu.kv_pool import GpuKvPool
 from numoe.engine.gpu.logits import DeviceLogits
 from numoe.engine.gpu.matrices import multiply_all
+from numoe.engine.gpu.pages import GpuPages
 from numoe.engine.gpu.step import StepInputs
 from numoe.engine.gpu.streamed import StreamedExperts
 from numoe.engine.gpu.weights import GpuWeights
@@ -57,6 +58,7 @@ class GpuForward:
         with self._stream:
             self.weights = GpuWeights(gguf, options.max_rows, progress)
             self.pool = GpuKvPool(config, options.n_pages, options.kv_type)
+            self.pages = GpuPages(config, self.pool)
             self._inputs = StepInputs(options.max_rows, options.slots, pages_for(options.context))
             self._attention = GpuAttention(config, self.pool, options.max_rows, pages_for(options.context))
             self._exchange: GpuExchange | None = None

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from numoe.engine.errors import UnsupportedError
 from numoe.engine.kv.pages import PAGE_TOKENS
@@ -73,21 +72,3 @@ class GpuKvPool:
     def layer_address(self, layer: int) -> int:
         """Where layer `layer` of page 0 begins; other pages follow at multiples of `page_bytes`."""
         return int(self.data.data.ptr) + layer * self.layer_bytes
-
-    def copy_out(self, page: int, layer: int, host: npt.NDArray[np.uint8]) -> None:
-        """Copy a layer's part of a page to `host`, uint8 [layer_bytes], on the current stream.
-
-        It is there when the stream has come this far; only pinned memory lets the host run on.
-        """
-        part = self._part(page, layer, host)
-        part.data.copy_to_host_async(host.ctypes.data, self.layer_bytes)
-
-    def copy_in(self, page: int, layer: int, host: npt.NDArray[np.uint8]) -> None:
-        """Copy a layer's part of a page from `host`, the other way round."""
-        part = self._part(page, layer, host)
-        part.data.copy_from_host_async(host.ctypes.data, self.layer_bytes)
-
-    def _part(self, page: int, layer: int, host: npt.NDArray[np.uint8]) -> Any:
-        if host.nbytes != self.layer_bytes or not host.flags.c_contiguous:
-            raise ValueError(f"a layer's part of a page takes {self.layer_bytes} contiguous bytes, not {host.nbytes}")
-        return self.data[page, layer]

@@ -50,7 +50,7 @@ class ChunkShape:
 
 def encode_chunk(key: bytes, kv_type: str, layers: Sequence[Buffer], tokens: int = PAGE_TOKENS) -> memoryview:
     """The object of chunk `key`. layers: the canonical bytes of each layer, all of one size."""
-    rows = [np.frombuffer(layer, np.uint8) for layer in layers]
+    rows = [np.frombuffer(memoryview(layer), np.uint8) for layer in layers]
     sizes = {row.size for row in rows}
     if len(sizes) != 1:
         raise ValueError(f"the layers of a chunk must be of one size, not {sorted(sizes)}")
@@ -67,9 +67,9 @@ def build_chunk(key: bytes, shape: ChunkShape, fill: Callable[[npt.NDArray[np.ui
     fill(data[start:])
     layers = data[start:].reshape(shape.layers, shape.layer_bytes)
     fixed = _FIXED.pack(_MAGIC, FORMAT_VERSION, start, shape.tokens, shape.layers, shape.layer_bytes, key, name)
-    header = fixed + b"".join(blake3(layer).digest() for layer in layers)
+    header = fixed + b"".join(blake3(layer.data).digest() for layer in layers)
     data[:start] = np.frombuffer(header + blake3(header).digest(), np.uint8)
-    return memoryview(data).toreadonly()
+    return data.data.toreadonly()
 
 
 def decode_chunk(data: Buffer, key: bytes, shape: ChunkShape) -> list[memoryview]:

@@ -56,7 +56,7 @@ def chunk_shape(config: ModelConfig, kind: KvType, tokens: int = PAGE_TOKENS) ->
 
 def check_layers(layers: Sequence[Buffer], shape: ChunkShape) -> list[Bytes]:
     """The canonical bytes of each layer as arrays; ValueError if they do not fit `shape`."""
-    arrays = [np.frombuffer(layer, np.uint8) for layer in layers]
+    arrays = [np.frombuffer(memoryview(layer), np.uint8) for layer in layers]
     sizes = {array.size for array in arrays}
     if sizes != {shape.layer_bytes} or len(arrays) != shape.layers:
         raise ValueError(

@@ -92,7 +92,7 @@ class Sequences:
                 for cell, kind in zip(np.split(head, [self.pool.key_bytes]), kinds, strict=True):
                     x = rng.standard_normal((PAGE_TOKENS, self.config.head_dim)) * loud
                     overwrite(cell, encode(x.astype(np.float32), kind), here, kind)
-            self.pool.copy_in(int(self.tables[slot, page]), layer, host)
+            self.pool.data[self.tables[slot, page], layer].set(host)
 
     def tokens(self, slot: int, length: int, layer: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values float64 [length, KV heads, dim] of a slot."""

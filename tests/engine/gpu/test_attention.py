@@ -83,7 +83,7 @@ def test_weights_far_below_the_largest_still_count(kind: str) -> None:
     if kind == "q8_0":
         cells[:64] = 255
         cells[256 * 64 : 256 * 64 + 4] = np.full(2, 1.7 / 127, np.float16).view(np.uint8)
-    sequences.pool.copy_in(page, 1, cells)
+    sequences.pool.data[page, 1].set(cells)
     want = softmax_attention(q[0], *sequences.tokens(0, length))
     for way in ("decode", "prefill"):
         assert nmse(sequences.attend(way, q, [(0, length - 1)])[0], want) <= 1e-5

@@ -1,4 +1,4 @@
-"""Appending to the KV pool on the GPU, rotary embedding, and copying pages, against NumPy."""
+"""Appending to the KV pool on the GPU, and rotary embedding, against NumPy."""
 
 from __future__ import annotations
 
@@ -136,19 +136,3 @@ def test_angles_are_exact_far_into_a_long_context() -> None:
     found = sequences.attention._table.get()[:3]
     np.testing.assert_allclose(found[:, :, 0], 1.5 * np.cos(angles), atol=2e-7)
     np.testing.assert_allclose(found[:, :, 1], 1.5 * np.sin(angles), atol=2e-7)
-
-
-@pytest.mark.gpu
-def test_a_page_goes_out_and_comes_back() -> None:
-    sequences = Sequences(model(2, 2, 64), [300], KvType("q8_0", "q4_0"))
-    sequences.fill(0, 300, np.random.default_rng(1))
-    before, pool = sequences.pool.data.get(), sequences.pool
-    host = np.empty(pool.layer_bytes, np.uint8)
-    pool.copy_out(1, 1, host)
-    pool.data.device.synchronize()
-    assert np.array_equal(host, before[1, 1])
-    pool.data[1, 1] = 0
-    pool.copy_in(1, 1, host)
-    assert np.array_equal(pool.data.get(), before)
-    with pytest.raises(ValueError, match="contiguous bytes"):
-        pool.copy_in(1, 1, host[1:])
