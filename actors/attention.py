@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from numoe.actors.identity import Identity, identity
 from numoe.cluster.plan import Plan
+from numoe.engine.errors import NumoeError
 from numoe.engine.requests import Event, GenerationRequest, SlotReport, SnapshotInfo, WorkerStatus
 
 if TYPE_CHECKING:
     from numoe.engine.gguf import GgufFile
     from numoe.engine.worker.options import Forward
+
+logger = logging.getLogger(__name__)
 
 
 class AttentionActor:
@@ -167,9 +171,13 @@ class AttentionActor:
     def stop(self, save_s: float = 0.0) -> None:
         """End the step loop, then the shards' loops; conversations are saved for at most `save_s` seconds."""
         cache, until = self._plan.cache, time.monotonic() + save_s
+        self._engine.stop()
         if cache.prompt_cache_file:
-            self._engine.slots.save_file(Path(cache.prompt_cache_file), all_tokens=cache.prompt_cache_all)
-        self._engine.stop(save_until=until if cache.resume else None)
+            try:
+                self._engine.slots.save_file(Path(cache.prompt_cache_file), all_tokens=cache.prompt_cache_all)
+            except NumoeError:
+                logger.exception("the prompt cache file was not written")
+        self._engine.close(save_until=until if cache.resume else None)
         if self._mailbox is not None:
             self._mailbox.stop_shards()
 

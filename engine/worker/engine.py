@@ -90,11 +90,10 @@ class Engine:
         """Offer the conversations again that an earlier server left in the store; how many there are."""
         return self._caching.resume()
 
-    def stop(self, save_until: float | None = None) -> None:
+    def stop(self) -> None:
         """Make `run` return after the step under way; requests still there end with "unavailable".
 
-        Returns when no step is under way any more and, given save_until (`time.monotonic()`), all
-        conversations are in the store, or that moment has come.
+        Returns when no step is under way any more.
         """
         with self._changed:
             self._stopping = True
@@ -102,6 +101,13 @@ class Engine:
             self._changed.notify_all()
             while self._stepping:
                 self._changed.wait()
+
+    def close(self, save_until: float | None = None) -> None:
+        """End the background of the prompt cache, after `stop`.
+
+        Given save_until (`time.monotonic()`), all conversations are written to the store before, as far
+        as that works by then.
+        """
         if save_until is not None:
             self._caching.save_all(save_until)
         self._caching.close()

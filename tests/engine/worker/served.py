@@ -119,7 +119,8 @@ def served(
         try:
             yield Served(engine, events, arrived)
         finally:
-            engine.stop(save_until=time.monotonic() + PATIENCE_S if save else None)
+            engine.stop()
+            engine.close(save_until=time.monotonic() + PATIENCE_S if save else None)
             loop.join(PATIENCE_S)
             assert not loop.is_alive()
             scheduler.check_integrity()
