@@ -23,6 +23,7 @@ from numoe.actors.gateway.streams import RequestStreams
 from numoe.actors.gateway.tls import CertificateFiles, certificate_files
 from numoe.actors.gateway.tokenizer import TokenizerServicer
 from numoe.actors.gateway.tokens import TokenFile, TokenRequired
+from numoe.actors.gateway.unknown import tolerant_server
 from numoe.cluster.endpoint import Endpoint
 from numoe.v1 import (
     admin_pb2,
@@ -116,11 +117,8 @@ def build_server(
     ResourceError for one in use, AccessError for a token or key file that others may read.
     """
     address, certificate, tokens = check_endpoint(endpoint)
-    server = grpc.aio.server(
-        options=_options(context.limits),
-        interceptors=[*([TokenRequired(tokens)] if tokens else []), MalformedRequests()],
-        maximum_concurrent_rpcs=context.limits.max_calls,
-    )
+    interceptors = [*([TokenRequired(tokens)] if tokens else []), MalformedRequests()]
+    server = tolerant_server(interceptors, _options(context.limits), context.limits.max_calls)
     lifecycle = Lifecycle(GATED, OTHERS)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(
         GenerationServicer(context, engine, streams, lifecycle), server

@@ -17,6 +17,7 @@ from numoe.engine.errors import InputError, ResourceError, UnavailableError
 from numoe.v1 import admin_pb2, chat_pb2, model_pb2
 from numoe.v1 import tokenizer_pb2 as tok
 from tests.actors.gateway.harness import BOS, CONTEXT, EOG, VOCAB_SIZE, Gateway, in_loop, refusal, serving
+from tests.http2 import DATA, END_HEADERS, END_STREAM, HEADERS, PREFACE, SETTINGS, frame, headers
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 USER = chat_pb2.ChatMessage(role="user", content="hi")
@@ -219,6 +220,23 @@ def _reflect(address: str) -> tuple[set[str], set[str]]:
         service = pool.FindServiceByName("numoe.v1.GenerationService")
         fields = {f.name for f in service.FindMethodByName("Generate").input_type.fields}
         return set(database.get_services()), fields
+
+
+@in_loop
+async def test_unknown_methods_are_refused_whatever_their_names() -> None:
+    async with serving() as gateway:
+        for path in (b"/x/y", b"/numoe.v1.AdminService/\xff\xfe", b"\x80", b"", b"/"):
+            reader, writer = await asyncio.open_connection(*gateway.server.address.split(":"))
+            writer.write(PREFACE + frame(SETTINGS, 0, 0, b"") + frame(HEADERS, END_HEADERS, 1, headers(path)))
+            writer.write(frame(DATA, END_STREAM, 1, bytes(5)))
+            answer = await reader.read(1 << 16)
+            while b"grpc-status" not in answer and (more := await reader.read(1 << 16)):
+                answer += more
+            writer.close()
+            unknown = await refusal(gateway.channel.unary_unary("/x/y")(b""))
+            assert unknown.code is grpc.StatusCode.UNIMPLEMENTED
+        status = await gateway.admin.GetStatus(admin_pb2.GetStatusRequest())  # the server lives
+        assert status.state == admin_pb2.SERVER_STATE_SERVING
 
 
 @in_loop
