@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
+from rich.filesize import decimal
 
 from numoe.deploy.commands.security import DEFAULT, Connection
 from numoe.deploy.commands.values import duration, unsigned
@@ -225,7 +226,7 @@ def _snapshot_row(values: dict[str, Any]) -> dict[str, Any]:
         "name": values["name"],
         "tokens": values["tokens"],
         "computed": values["computed"],
-        "MB": f"{values['bytes'] / 1e6:.1f}",
+        "size": decimal(values["bytes"]),
         "created": _ago(values["created"]),
         "fits this server": values["mismatch"] or "yes",
     }
@@ -257,11 +258,15 @@ def _tell(report: pb.SlotReport, text: str, json_output: bool) -> None:  # noqa:
 
 
 def _size(report: pb.SlotReport) -> str:
-    return f"{report.tokens} tokens, {report.bytes / 1e6:.1f} MB in {report.chunks} chunks"
+    return f"{report.tokens} tokens, {decimal(report.bytes)} in {_chunks(report.chunks)}"
 
 
 def _moved(report: pb.SlotReport, verb: str) -> str:
-    return f"{report.moved_bytes / 1e6:.1f} MB in {report.moved_chunks} chunks {verb} in {report.seconds:.2f} s"
+    return f"{decimal(report.moved_bytes)} in {_chunks(report.moved_chunks)} {verb} in {report.seconds:.2f} s"
+
+
+def _chunks(count: int) -> str:
+    return f"{count} chunk{'' if count == 1 else 's'}"
 
 
 def _ago(seconds: float) -> str:
@@ -283,7 +288,7 @@ def _print_table(rows: Iterable[dict[str, Any]]) -> None:
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name, value in found[0].items():
-        numeric = name == "MB" or isinstance(value, int)
+        numeric = name == "size" or isinstance(value, int)
         table.add_column(name, justify="right" if numeric else "left")
     for row in found:
         table.add_row(*("-" if value is None else str(value) for value in row.values()))

@@ -6,6 +6,7 @@ import json
 from typing import Annotated, Any
 
 from cyclopts import Parameter
+from rich.filesize import decimal
 
 from numoe.deploy.commands.security import DEFAULT, Connection
 from numoe.deploy.commands.slots import slot_json, slot_row
@@ -108,11 +109,10 @@ def _cache_json(cache: pb.CacheStatus) -> dict[str, Any]:
 def _cache_text(cache: dict[str, Any]) -> str:
     """The prompt cache in a line or two."""
     hits, limit = cache["hits"], cache["store_limit_bytes"]
-    ram = f"{cache['ram_bytes'] / 1e9:.2f} of {cache['ram_limit_bytes'] / 1e9:.2f} GB of memory"
+    ram = f"{decimal(cache['ram_bytes'])} of {decimal(cache['ram_limit_bytes'])} in memory"
     store = "no store"
     if cache["store_url"]:
-        bound = f" of {limit / 1e9:.2f}" if limit else ""
-        store = f"{cache['store_bytes'] / 1e9:.2f}{bound} GB in {cache['store_url']}"
+        store = f"{decimal(cache['store_bytes'])}{f' of {decimal(limit)}' if limit else ''} in {cache['store_url']}"
         store += f", {cache['pending_chunks']} chunks to write"
         if cache["dropped_chunks"]:
             store += f", {cache['dropped_chunks']} given up"

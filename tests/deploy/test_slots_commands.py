@@ -43,7 +43,7 @@ def test_save_and_restore_say_what_was_moved(command: str, words: str) -> None:
         }  # fmt: skip
         shown = server.run("slots", command, "3", "chat", "--wait", "7")
         assert (shown.returncode, shown.stderr) == (0, "")
-        assert shown.stdout.startswith(f"slot 3 {words}: 600 tokens, 0.0 MB in 3 chunks; 0.0 MB in 2 chunks")
+        assert shown.stdout.startswith(f"slot 3 {words}: 600 tokens, 3.0 kB in 3 chunks; 2.0 kB in 2 chunks")
         (at_once, waiting) = (operation[-1] for operation in server.engine.operations)
         assert at_once is None
         assert waiting > time.time()
@@ -62,7 +62,7 @@ def test_erase_fork_and_rm() -> None:
 def test_snapshots_are_listed_with_those_of_other_models() -> None:
     with background(stored=STORED) as server:
         shown = server.run("slots", "snapshots").stdout
-        assert all(word in shown for word in ("chat", "600", "7.0", "2 h ago", "yes", "KV cache type is q8_0 there"))
+        assert all(word in shown for word in ("chat", "600", "7.0 MB", "2 h ago", "yes", "KV cache type is q8_0 there"))
         listed = json.loads(server.run("slots", "snapshots", "--json").stdout)["snapshots"]
         assert [entry["name"] for entry in listed] == ["chat", "other"]
         assert [entry["mismatch"] for entry in listed] == [None, STORED[1].mismatch]
