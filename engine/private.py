@@ -48,11 +48,11 @@ def make_private_folder(path: Path) -> None:
         path.chmod(0o700)
 
 
-def write_private(path: Path, text: str) -> None:
+def write_private(path: Path, content: bytes) -> None:
     """Write a file that only this user may read."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-    with os.fdopen(os.open(path, flags, 0o600), "w") as file:
-        file.write(text)
+    with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
+        file.write(content)
 
 
 def read_secret(path: Path) -> tuple[bytes, Stamp]:

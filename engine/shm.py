@@ -88,7 +88,7 @@ def create_folder(instance: str) -> Path:
 def adopt_folder(folder: Path, pid: int) -> None:
     """Make process `pid` the owner of an instance's folder."""
     started = psutil.Process(pid).create_time()
-    write_private(folder / _OWNER_FILE, f"{pid} {started}")
+    write_private(folder / _OWNER_FILE, f"{pid} {started}".encode())
 
 
 def remove_folder(folder: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from numoe.engine.numa import PAGE_BYTES
+from numoe.engine.private import write_private
 
 _LOOK_BYTES: Final = 1 << 30
 _PROBE_BYTES: Final = 1 << 20
@@ -33,7 +34,7 @@ class CachedPages(msgspec.Struct, frozen=True):
 
     def save(self, folder: Path) -> None:
         """Write it down for the other processes of a server, in its folder."""
-        (folder / _SAVED).write_bytes(msgspec.msgpack.encode(self))
+        write_private(folder / _SAVED, msgspec.msgpack.encode(self))
 
     @classmethod
     def load(cls, folder: Path) -> CachedPages | None:

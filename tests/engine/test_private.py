@@ -42,18 +42,18 @@ def test_another_users_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_private_file_is_its_owners_alone(tmp_path: Path) -> None:
-    write_private(tmp_path / "file", "first, and longer")
-    write_private(tmp_path / "file", "second")
+    write_private(tmp_path / "file", b"first, and longer")
+    write_private(tmp_path / "file", b"second")
     assert (mode(tmp_path / "file"), (tmp_path / "file").read_text()) == (0o600, "second")
     (tmp_path / "link").symlink_to(tmp_path / "file")
     with pytest.raises(OSError, match="symbolic links"):
-        write_private(tmp_path / "link", "third")
+        write_private(tmp_path / "link", b"third")
 
 
 @pytest.mark.parametrize("others", [0o640, 0o604, 0o660, 0o777])
 def test_a_secret_that_others_may_read_is_refused(tmp_path: Path, others: int) -> None:
     path = tmp_path / "secret"
-    write_private(path, "s3cret")
+    write_private(path, b"s3cret")
     content, stamp = read_secret(path)
     assert content == b"s3cret"
     path.chmod(others)
@@ -68,7 +68,7 @@ def test_a_secret_is_a_file_of_some_size(tmp_path: Path) -> None:
         read_secret(tmp_path / "absent")
     with pytest.raises(InputError, match="is a folder"):
         read_secret(tmp_path)
-    write_private(tmp_path / "long", "x" * (MAX_SECRET_BYTES + 1))
+    write_private(tmp_path / "long", b"x" * (MAX_SECRET_BYTES + 1))
     with pytest.raises(AccessError, match="cannot be read: Not a directory"):
         read_secret(tmp_path / "long" / "x")
     with pytest.raises(InputError, match="more than 1048576 bytes"):

@@ -32,9 +32,9 @@ def numoe(*args: object, stdin: str | None = None, timeout: float = 180) -> subp
 class ServeProcess:
     """A `numoe serve` that is up, without a store unless `flags` name one; `address` is where."""
 
-    def __init__(self, model: Path, *flags: object) -> None:
+    def __init__(self, model: Path, *flags: object, listen: str = "127.0.0.1:0") -> None:
         store = [] if "--store" in flags else ["--store", "none"]
-        command = [NUMOE, "serve", str(model), "--listen", "127.0.0.1:0", *store, *(str(flag) for flag in flags)]
+        command = [NUMOE, "serve", str(model), "--listen", listen, *store, *(str(flag) for flag in flags)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
