@@ -192,4 +192,6 @@ def server_context(plan: Plan) -> ServerContext:
             chat_template=ChatTemplate.from_metadata(metadata),
             limits=Limits.for_context(plan.context),
             outlasts_context=plan.cache.keep is not None,
+            slots=plan.slots,
+            has_store=bool(plan.cache.store_url),
         )

@@ -141,7 +141,8 @@ class Limits:
 class ServerContext:
     """Everything that the servicers share and that never changes.
 
-    outlasts_context: answers go on without the middle when the context is full (--keep).
+    outlasts_context: answers go on without the middle when the context is full (--keep). slots: requests
+    that run at once. has_store: whether slots can be saved.
     """
 
     tokenizer: Tokenizer
@@ -150,3 +151,5 @@ class ServerContext:
     chat_template: ChatTemplate | None = None
     limits: Limits = field(default_factory=Limits)
     outlasts_context: bool = False
+    slots: int = 1
+    has_store: bool = False

@@ -76,7 +76,7 @@ async def generation_request(
     check_stopping(stopping, context, violations)
     logprobs = check_logprobs(request, context.limits, violations)
     violations.at_most("cache.salt", len(request.cache.salt), context.limits.max_salt_bytes, "bytes")
-    slot, slot_deadline = slot_of(request, violations)
+    slot, slot_deadline = slot_of(request, context, violations)
     asked = frozenset(stopping.token_ids[: context.limits.max_stop_ids])
     banned = eog_ids - asked if stopping.ignore_eos else frozenset[int]()
     sampling = sampling_params(request.sampling, banned, context, violations)

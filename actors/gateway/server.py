@@ -123,7 +123,7 @@ def build_server(
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(
         GenerationServicer(context, engine, streams, lifecycle), server
     )
-    slots_pb2_grpc.add_SlotServiceServicer_to_server(SlotServicer(engine, streams, lifecycle), server)
+    slots_pb2_grpc.add_SlotServiceServicer_to_server(SlotServicer(context, engine, streams, lifecycle), server)
     tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server(TokenizerServicer(context), server)
     model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(context), server)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(

@@ -14,11 +14,11 @@ import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from numoe.actors.gateway.errors import answers_errors
-from numoe.actors.gateway.interfaces import EngineClient
+from numoe.actors.gateway.interfaces import EngineClient, ServerContext
 from numoe.actors.gateway.lifecycle import Lifecycle
 from numoe.actors.gateway.streams import RequestStreams
-from numoe.actors.gateway.validation import Violations
-from numoe.engine.errors import InputError, NumoeError
+from numoe.actors.gateway.validation import Violations, check_slot
+from numoe.engine.errors import InputError, NumoeError, PreconditionError
 from numoe.engine.requests import SlotProgress, SlotReport, SlotStatus
 from numoe.engine.store.manifest import check_name
 from numoe.v1 import admin_pb2, slots_pb2_grpc
@@ -42,7 +42,10 @@ _STATES = {
 class SlotServicer(slots_pb2_grpc.SlotServiceServicer):
     """Hands operations to the worker, relays their progress, and cancels those whose caller is gone."""
 
-    def __init__(self, engine: EngineClient, streams: RequestStreams, lifecycle: Lifecycle) -> None:
+    def __init__(
+        self, context: ServerContext, engine: EngineClient, streams: RequestStreams, lifecycle: Lifecycle
+    ) -> None:
+        self._context = context
         self._engine = engine
         self._streams = streams
         self._lifecycle = lifecycle
@@ -74,6 +77,7 @@ class SlotServicer(slots_pb2_grpc.SlotServiceServicer):
         violations = Violations()
         slot, until = _slot(request, "slot", violations), _wait_until(request, context, violations)
         violations.raise_if_any()
+        check_slot(slot, self._context)
         return pb.EraseSlotResponse(report=_report_message(await self._engine.erase_slot(slot, until)))
 
     @answers_errors
@@ -86,11 +90,14 @@ class SlotServicer(slots_pb2_grpc.SlotServiceServicer):
             violations.add("target", f"is {target}, the slot itself")
         until = _wait_until(request, context, violations)
         violations.raise_if_any()
+        for number in (slot, target):
+            check_slot(number, self._context)
         return pb.ForkSlotResponse(report=_report_message(await self._engine.fork_slot(slot, target, until)))
 
     @answers_errors
     async def ListSnapshots(self, request: pb.ListSnapshotsRequest, context: Context) -> pb.ListSnapshotsResponse:
         """All snapshots."""
+        self._require_store()
         response = pb.ListSnapshotsResponse()
         for info in await self._engine.snapshots():
             response.snapshots.add(
@@ -110,6 +117,7 @@ class SlotServicer(slots_pb2_grpc.SlotServiceServicer):
         violations = Violations()
         name = _name(request.name, violations)
         violations.raise_if_any()
+        self._require_store()
         await self._engine.remove_snapshot(name)
         return pb.RemoveSnapshotResponse()
 
@@ -126,6 +134,8 @@ class SlotServicer(slots_pb2_grpc.SlotServiceServicer):
         slot, name = _slot(request, "slot", violations), _name(request.name, violations)
         until = _wait_until(request, context, violations)
         violations.raise_if_any()
+        check_slot(slot, self._context)
+        self._require_store()
         operation = secrets.token_hex(12)
         with self._streams.open(operation, self._cancel_soon) as stream:
             work = asyncio.ensure_future(start(operation, slot, name, until))
@@ -145,6 +155,11 @@ class SlotServicer(slots_pb2_grpc.SlotServiceServicer):
                 for task in (work, events):
                     task.cancel()
                 await asyncio.gather(work, events, return_exceptions=True)  # so that none fails unheard
+
+    def _require_store(self) -> None:
+        """Raise PreconditionError on a server without one."""
+        if not self._context.has_store:
+            raise PreconditionError("this server has no store: start it with --store URL, or without --store none")
 
     def _cancel_soon(self, operation: str) -> None:
         """Cancel without waiting: the caller may itself be in the middle of being cancelled."""

@@ -12,6 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from numoe.actors.gateway.errors import MAX_VIOLATIONS, BadRequestError, Violation
 from numoe.actors.gateway.interfaces import Limits, ServerContext
+from numoe.engine.errors import NotFoundError
 from numoe.engine.requests import SamplingParams
 from numoe.v1 import chat_pb2
 from numoe.v1 import generation_pb2 as pb
@@ -141,15 +142,24 @@ def check_logprobs(request: pb.GenerateRequest, limits: Limits, violations: Viol
     return request.logprobs
 
 
-def slot_of(request: pb.GenerateRequest, violations: Violations) -> tuple[int | None, float | None]:
+def slot_of(
+    request: pb.GenerateRequest, context: ServerContext, violations: Violations
+) -> tuple[int | None, float | None]:
     """The slot that a request names, and `time.time()` until which it waits for it."""
     if not request.HasField("slot_id"):
         if request.HasField("slot_wait"):
             violations.add("slot_wait", "is given without slot_id")
         return None, None
+    check_slot(request.slot_id, context)
     if not request.HasField("slot_wait"):
         return request.slot_id, None
     return request.slot_id, time.time() + violations.duration("slot_wait", request.slot_wait)
+
+
+def check_slot(slot: int, context: ServerContext) -> None:
+    """Raise NotFoundError unless the server has such a slot."""
+    if slot >= context.slots:
+        raise NotFoundError(f"there is no slot {slot}: this server has slots 0 to {context.slots - 1} (--parallel)")
 
 
 def sampling_params(

@@ -258,6 +258,7 @@ async def serving(
     template: bool = True,
     limits: Limits | None = None,
     outlasts_context: bool = False,
+    has_store: bool = True,
     backlog: int = 8192,
     listen: str = "127.0.0.1:0",
     endpoint: dict[str, Any] | None = None,
@@ -274,6 +275,8 @@ async def serving(
         chat_template=PlainTemplate() if template else None,
         limits=limits or Limits(),
         outlasts_context=outlasts_context,
+        slots=8,
+        has_store=has_store,
     )
     server = build_server(context, engine, streams, Endpoint(listen=listen, **(endpoint or {})))
     await server.start()

@@ -145,6 +145,40 @@ async def test_bad_fields_are_named_and_reach_no_worker() -> None:
         assert gateway.engine.operations == []
 
 
+@in_loop
+async def test_a_slot_that_there_is_not_is_not_found() -> None:
+    async with serving() as gateway:
+        slots = gateway.slots
+        for call in (
+            messages(slots.SaveSlot(pb.SaveSlotRequest(slot=8, name="chat"))),
+            messages(slots.RestoreSlot(pb.RestoreSlotRequest(slot=8, name="chat"))),
+            slots.EraseSlot(pb.EraseSlotRequest(slot=8)),
+            slots.ForkSlot(pb.ForkSlotRequest(slot=8, target=1)),
+            slots.ForkSlot(pb.ForkSlotRequest(slot=1, target=8)),
+            gateway.generate(slot_id=8),
+        ):
+            code, message, _ = await refused(call)
+            assert code is grpc.StatusCode.NOT_FOUND
+            assert message == "there is no slot 8: this server has slots 0 to 7 (--parallel)"
+        assert gateway.engine.operations == gateway.engine.requests == []
+
+
+@in_loop
+async def test_without_a_store_slots_are_forked_and_erased_but_not_saved() -> None:
+    async with serving(has_store=False) as gateway:
+        slots = gateway.slots
+        await slots.ForkSlot(pb.ForkSlotRequest(slot=0, target=1))
+        await slots.EraseSlot(pb.EraseSlotRequest(slot=0))
+        for call in (
+            messages(slots.SaveSlot(pb.SaveSlotRequest(slot=0, name="chat"))),
+            messages(slots.RestoreSlot(pb.RestoreSlotRequest(slot=0, name="chat"))),
+            slots.ListSnapshots(pb.ListSnapshotsRequest()),
+            slots.RemoveSnapshot(pb.RemoveSnapshotRequest(name="chat")),
+        ):
+            code, message, _ = await refused(call)
+            assert (code, "--store" in message) == (grpc.StatusCode.FAILED_PRECONDITION, True)
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
