@@ -198,7 +198,7 @@ def _tiers(plan: Plan, gguf: GgufFile) -> dict[str, Any]:
     if cache.cache_ram_bytes:
         tiers["ram"] = RamTier(cache.cache_ram_bytes)
     if cache.store_url:
-        options = {"endpoint": cache.store_endpoint} if cache.store_endpoint else {}
+        options: dict[str, Any] = {"endpoint": cache.store_endpoint} if cache.store_endpoint else {}
         tiers["tier"] = StoreTier(open_store(cache.store_url, **options), cache.store_limit_bytes)
     return tiers
 

@@ -60,10 +60,10 @@ class Caching:
 
     def collect(self, *, starved: bool = False) -> None:
         """Begin what the scheduler has asked for; starved: it waits for pages to be saved."""
-        for load in self._scheduler.drain_loads():
+        for load in self._scheduler.ledger.drain_loads():
             self._jobs.submit(self._load, load)
-        lookups, parked = self._scheduler.drain_lookups(), self._scheduler.drain_parked()
-        superseded, published = self._scheduler.drain_superseded(), self._scheduler.drain_published()
+        lookups, parked = self._scheduler.ledger.drain_lookups(), self._scheduler.ledger.drain_parked()
+        superseded, published = self._scheduler.ledger.drain_superseded(), self._scheduler.ledger.drain_published()
         if self.cache is None:
             return
         for sequence, keys in lookups:
@@ -71,7 +71,7 @@ class Caching:
         if published:
             self.cache.save_soon(published)
         if starved:
-            self.cache.save_soon(self._scheduler.unsaved_keys(), first=True)
+            self.cache.save_soon(self._scheduler.ledger.unsaved_keys(), first=True)
         if self.snapshots is not None and self.cache.tier is not None:
             for conversation in parked:
                 self._jobs.submit(self._quietly, self.snapshots.park, conversation)
@@ -95,7 +95,7 @@ class Caching:
             return 0
         with self._changed:
             for conversation in conversations:
-                self._scheduler.offer(conversation)
+                self._scheduler.ledger.offer(conversation)
         return len(conversations)
 
     def save_all(self, until: float) -> None:
@@ -125,19 +125,19 @@ class Caching:
     def borrow(self, key: bytes) -> tuple[int, int] | None:
         """See `PageBroker`."""
         with self._changed:
-            page = self._scheduler.borrow(key)
-            return None if page is None else (page, self._scheduler.tokens_of(key))
+            page = self._scheduler.ledger.borrow(key)
+            return None if page is None else (page, self._scheduler.ledger.tokens_of(key))
 
     def give_back(self, page: int) -> None:
         """See `PageBroker`."""
         with self._changed:
-            self._scheduler.give_back([page])
+            self._scheduler.ledger.give_back([page])
             self._changed.notify_all()
 
     def saved(self, key: bytes) -> None:
         """See `PageBroker`."""
         with self._changed:
-            self._scheduler.saved(key)
+            self._scheduler.ledger.saved(key)
             self._changed.notify_all()
 
     def chunks(self, conversation: Conversation, held: Conversation) -> list[Buffer]:
@@ -187,7 +187,7 @@ class Caching:
         except Exception:
             logger.exception("the prompt cache could not be searched")
         with self._changed:
-            self._scheduler.looked_up(sequence, found)
+            self._scheduler.ledger.looked_up(sequence, found)
             self._changed.notify_all()
 
     def _quietly(self, do: Callable[[_What], object], what: _What) -> None:

@@ -51,7 +51,7 @@ class SlotOperations:
             conversation = self._conversation(slot)
             manifest = snapshots.save(conversation, name, progress)
             with self._changed:
-                self._scheduler.note_conversation(slot, conversation, snapshot=name, named=True)
+                self._scheduler.ledger.note_conversation(slot, conversation, snapshot=name, named=True)
         return _report(slot, conversation, name, manifest.computed, progress, start)
 
     def restore(self, operation: str, slot: int, name: str, wait_until: float | None) -> SlotReport:
@@ -74,7 +74,7 @@ class SlotOperations:
         """Forget a slot's conversation; chunks that it shares with the prompt cache stay there."""
         start = time.perf_counter()
         with self._kept(slot, "saving", wait_until), self._changed:
-            self._scheduler.forget_conversation(slot)
+            self._scheduler.ledger.forget_conversation(slot)
             self._caching.collect()
         return SlotReport(slot=slot, seconds=time.perf_counter() - start)
 
@@ -87,7 +87,7 @@ class SlotOperations:
             conversation = self._conversation(slot)
             copy = dataclasses.replace(conversation, named=True, resumable="", last_used=time.time())
             with self._changed:
-                self._scheduler.replace_conversation(target, copy)
+                self._scheduler.ledger.replace_conversation(target, copy)
                 self._caching.collect()
         return _report(target, conversation, conversation.snapshot, conversation.computed, Progress(), start)
 
@@ -118,7 +118,7 @@ class SlotOperations:
         sizes = [pages.shape(len(conversation.chunk(n))).object_bytes for n in range(len(conversation.all_keys))]
         progress.begin(sizes)
         with self._changed:
-            spare = self._scheduler.spare_pages(conversation.all_keys)
+            spare = self._scheduler.ledger.spare_pages(conversation.all_keys)
 
         def fetch(number: int) -> None:
             key, page, published = spare[number]
@@ -142,11 +142,11 @@ class SlotOperations:
             with self._changed:
                 for number, (key, page, published) in enumerate(spare):
                     if not published:
-                        self._scheduler.publish_spare(key, page, len(conversation.chunk(number)))
-                self._scheduler.replace_conversation(slot, conversation)
+                        self._scheduler.ledger.publish_spare(key, page, len(conversation.chunk(number)))
+                self._scheduler.ledger.replace_conversation(slot, conversation)
         finally:
             with self._changed:
-                self._scheduler.give_back([page for _, page, _ in spare])
+                self._scheduler.ledger.give_back([page for _, page, _ in spare])
                 self._caching.collect()
                 self._changed.notify_all()
 

@@ -73,7 +73,7 @@ def rows(batch: Batch) -> dict[str, int]:
 def step(scheduler: Scheduler, token_id: int = 7, now: float = 0.0) -> Batch | None:
     """One step in which every sequence that wants a token gets the same."""
     batch = scheduler.schedule(now)
-    if loads := scheduler.drain_loads():  # tails that are copied from page to page
+    if loads := scheduler.ledger.drain_loads():  # tails that are copied from page to page
         for load in loads:
             scheduler.loaded(load, 0, tail=True)
         batch = scheduler.schedule(now)

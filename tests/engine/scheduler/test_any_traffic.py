@@ -195,16 +195,16 @@ class AnyTraffic(RuleBasedStateMachine):
         for _ in range(min(lookups, len(self.lookups))):
             sequence, keys = self.lookups.pop(0)
             had = next((i for i, key in enumerate(keys) if key not in self.stored), len(keys))
-            self.scheduler.looked_up(sequence, had)
+            self.scheduler.ledger.looked_up(sequence, had)
         for _ in range(min(loads, len(self.loads))):
             self.load(self.loads.pop(0), fails)
         for _ in range(min(saves, len(self.unsaved))):
             key = self.unsaved.pop(0)
-            if (page := self.scheduler.borrow(key)) is not None:
+            if (page := self.scheduler.ledger.borrow(key)) is not None:
                 if not fails:
                     self.stored[key] = self.cache.page(page).copy()
-                self.scheduler.give_back([page])
-                self.scheduler.saved(key)
+                self.scheduler.ledger.give_back([page])
+                self.scheduler.ledger.saved(key)
         self.take_events()
 
     @precondition(lambda self: self.stored)
@@ -213,10 +213,10 @@ class AnyTraffic(RuleBasedStateMachine):
         del self.stored[list(self.stored)[number % len(self.stored)]]
 
     def collect(self) -> None:
-        self.lookups += self.scheduler.drain_lookups()
-        self.loads += self.scheduler.drain_loads()
-        self.unsaved += [key for key in self.scheduler.drain_published() if key not in self.unsaved]
-        self.scheduler.drain_parked()
+        self.lookups += self.scheduler.ledger.drain_lookups()
+        self.loads += self.scheduler.ledger.drain_loads()
+        self.unsaved += [key for key in self.scheduler.ledger.drain_published() if key not in self.unsaved]
+        self.scheduler.ledger.drain_parked()
 
     def load(self, load: Load, fails: bool) -> None:
         done = 0
@@ -237,7 +237,7 @@ class AnyTraffic(RuleBasedStateMachine):
     def catch_up(self) -> None:
         """Everything that the cache was asked for is done."""
         self.collect()
-        self.unsaved += [key for key in self.scheduler.unsaved_keys() if key not in self.unsaved]
+        self.unsaved += [key for key in self.scheduler.ledger.unsaved_keys() if key not in self.unsaved]
         self.the_cache_gets_on(len(self.lookups), len(self.loads), len(self.unsaved), fails=False)
 
     # --- what must be true then -------------------------------------------------------------------
