@@ -53,7 +53,10 @@ class Forward(Protocol):
 
     config: ModelConfig
     options: ForwardOptions
-    pages: PagePort
+
+    @property
+    def pages(self) -> PagePort:
+        """The way to the KV pages, for the prompt cache."""
 
     def run(self, batch: Batch) -> StepLogits:
         """The logits [len(batch.logit_rows), vocab] of a batch; its rows go to the KV pool.
