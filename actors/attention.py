@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ class AttentionActor:
 
     def __init__(self, plan: Plan, folder: str) -> None:
         self._plan, self._folder = plan, Path(folder)
-        self._pushes = 0
+        self._pushes, self._pushing = 0, threading.Lock()
 
     def identity(self) -> Identity:
         """Who this process is."""
@@ -104,9 +105,10 @@ class AttentionActor:
 
     def _push(self, events: list[Event]) -> None:
         """One message per step, whatever the batch size; nothing waits for its arrival."""
-        if self._gateway is not None:
-            self._gateway.deliver.remote(self._pushes, events)
-            self._pushes += 1
+        with self._pushing:  # a step and a slot's operation may come at once
+            if self._gateway is not None:
+                self._gateway.deliver.remote(self._pushes, events)
+                self._pushes += 1
 
     def run(self) -> None:
         """Run steps until `stop`; while this is pending, the worker is alive."""

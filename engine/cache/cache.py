@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from numoe.engine.cache.ram import RamTier
 from numoe.engine.cache.store_tier import OUTAGES, StoreTier
-from numoe.engine.errors import DataLossError, NotFoundError, NumoeError, UnavailableError
+from numoe.engine.errors import DataLossError, NotFoundError, NumoeError, PreconditionError
 from numoe.engine.kv.pages import PAGE_TOKENS
 from numoe.engine.requests import CacheStatus
-from numoe.engine.store.chunks import decode_chunk, encode_chunk
+from numoe.engine.store.chunks import build_chunk, decode_chunk
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -54,7 +54,6 @@ class PromptCache:
     ) -> None:
         self.pages, self.readers, self.ram, self.tier = pages, readers, ram, tier
         self._broker = broker
-        self._kv_type = pages.shape(PAGE_TOKENS).kv_type
         self._changed = threading.Condition()
         self._exports: deque[bytes] = deque()
         self._writes: deque[bytes] = deque()
@@ -153,8 +152,7 @@ class PromptCache:
             return None
         page, tokens = lent
         try:
-            layers = [layer.data for layer in self.pages.export_page(page, tokens)]
-            return encode_chunk(key, self._kv_type, layers, tokens)
+            return build_chunk(key, self.pages.shape(tokens), lambda out: self.pages.export_page(page, tokens, out))
         finally:
             self._broker.give_back(page)
 
@@ -164,7 +162,7 @@ class PromptCache:
         Raises what the store raises.
         """
         if self.tier is None:
-            raise UnavailableError("this server has no store: start it with --store URL")
+            raise PreconditionError("this server has no store: start it with --store URL")
         if self.tier.exists(key):
             return 0
         if (data := self.encode(key)) is None:

@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from numoe.engine.cache.cache import PromptCache
 from numoe.engine.cache.store_tier import StoreTier
-from numoe.engine.errors import NotFoundError, NumoeError, PreconditionError, UnavailableError
+from numoe.engine.errors import NotFoundError, NumoeError, PreconditionError
 from numoe.engine.kv.pages import PAGE_TOKENS
 from numoe.engine.kv.prefix import ChunkKeys
 from numoe.engine.requests import SnapshotInfo
@@ -84,7 +84,7 @@ class Snapshots:
     """Saves, lists and removes snapshots of conversations of one model, and finds what can be resumed.
 
     origin: of this server. Methods block and may be called from any thread; they raise what the
-    store raises, and UnavailableError on a server without one.
+    store raises, and PreconditionError on a server without one.
     """
 
     def __init__(self, cache: PromptCache, origin: Origin) -> None:
@@ -96,7 +96,7 @@ class Snapshots:
     @property
     def _tier(self) -> StoreTier:
         if self.cache.tier is None:
-            raise UnavailableError("this server has no store: start it with --store URL")
+            raise PreconditionError("this server has no store: start it with --store URL")
         return self.cache.tier
 
     # --- users' snapshots -------------------------------------------------------------------------

@@ -87,9 +87,9 @@ class Scheduler:
     def submit(self, request: GenerationRequest) -> None:
         """Queue a request.
 
-        Raises ResourceError when the queue is full, InputError for a prompt that leaves no room for
-        a token, an id that is in use, a slot that there is not, or sampling parameters that make no
-        sense, PreconditionError for a slot that is in use when it is not to be waited for.
+        Raises ResourceError when the queue is full, InputError for a prompt that leaves no room for a
+        token, an id that is in use, or sampling parameters that make no sense, NotFoundError for a slot
+        that there is not, PreconditionError for one that is in use when it is not to be waited for.
         """
         if len(self._waiting) >= self.config.queue_limit + self.slots.n_free:
             raise ResourceError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from numoe.engine.errors import InputError, PreconditionError
+from numoe.engine.errors import NotFoundError, PreconditionError
 from numoe.engine.requests import SlotState, SlotStatus
 from numoe.engine.scheduler.conversation import Conversation
 from numoe.engine.scheduler.sequence import Sequence
@@ -27,9 +27,9 @@ class Slots:
         return len(self.sequences)
 
     def check(self, slot: int) -> None:
-        """Raise InputError unless there is such a slot."""
+        """Raise NotFoundError unless there is such a slot."""
         if not 0 <= slot < len(self):
-            raise InputError(f"there is no slot {slot}: the server has slots 0 to {len(self) - 1} (--slots)")
+            raise NotFoundError(f"there is no slot {slot}: the server has slots 0 to {len(self) - 1} (--parallel)")
 
     def is_free(self, slot: int) -> bool:
         """Whether nothing runs in a slot and nothing is done to it."""
@@ -65,7 +65,7 @@ class Slots:
         return min(held, key=lambda slot: (held[slot].named, held[slot].last_used), default=None)
 
     def begin(self, slot: int, operation: Operation) -> None:
-        """Keep a slot to oneself; PreconditionError while it is in use, InputError if there is none."""
+        """Keep a slot to oneself; PreconditionError while it is in use, NotFoundError if there is none."""
         self.check(slot)
         if not self.is_free(slot):
             raise busy(slot)

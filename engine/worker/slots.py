@@ -15,7 +15,7 @@ from numoe.engine.cache import Snapshots
 from numoe.engine.cache.archive import NAME, read_archive, write_archive
 from numoe.engine.cache.cache import Layers
 from numoe.engine.cache.snapshots import Progress, StoppedError, conversation_of, shortened
-from numoe.engine.errors import DataLossError, PreconditionError, UnavailableError
+from numoe.engine.errors import DataLossError, PreconditionError
 from numoe.engine.requests import Event, SlotProgress, SlotReport, SnapshotInfo
 from numoe.engine.scheduler import Scheduler
 from numoe.engine.scheduler.conversation import Conversation
@@ -25,6 +25,7 @@ from numoe.engine.store.manifest import Manifest, check_name
 from numoe.engine.worker.caching import Caching
 
 _PROGRESS_S: Final = 0.05  # between two reports
+_REMEMBERED: Final = 256  # operations
 
 
 class SlotOperations:
@@ -38,6 +39,7 @@ class SlotOperations:
     ) -> None:
         self._scheduler, self._changed, self._caching, self._emit = scheduler, changed, caching, emit
         self._running: dict[str, Progress] = {}
+        self._overtaken: dict[str, None] = {}
 
     def save(self, operation: str, slot: int, name: str, wait_until: float | None) -> SlotReport:
         """Write a slot's conversation to the store under `name`.
@@ -47,7 +49,7 @@ class SlotOperations:
         """
         check_name(name)
         snapshots, start = self._snapshots(), time.perf_counter()
-        with self._operation(operation) as progress, self._kept(slot, "saving", wait_until):
+        with self._operation(operation) as progress, self._kept(slot, "saving", wait_until, progress):
             conversation = self._conversation(slot)
             manifest = snapshots.save(conversation, name, progress)
             with self._changed:
@@ -62,7 +64,7 @@ class SlotOperations:
         """
         check_name(name)
         snapshots, start = self._snapshots(), time.perf_counter()
-        with self._operation(operation) as progress, self._kept(slot, "restoring", wait_until):
+        with self._operation(operation) as progress, self._kept(slot, "restoring", wait_until, progress):
             manifest = snapshots.manifest(name)
             conversation = dataclasses.replace(
                 conversation_of(manifest, snapshot=name), named=True, last_used=time.time()
@@ -93,9 +95,13 @@ class SlotOperations:
 
     def cancel(self, operation: str) -> None:
         """End a save or restore that nobody waits for any more; it changes nothing then."""
-        if (progress := self._running.get(operation)) is not None:
-            progress.stopped = True
         with self._changed:
+            if (progress := self._running.get(operation)) is not None:
+                progress.stopped = True
+            else:  # the call may have overtaken the operation's own
+                self._overtaken[operation] = None
+                while len(self._overtaken) > _REMEMBERED:
+                    del self._overtaken[next(iter(self._overtaken))]
             self._changed.notify_all()
 
     def snapshots(self) -> tuple[SnapshotInfo, ...]:
@@ -193,7 +199,7 @@ class SlotOperations:
     def _snapshots(self) -> Snapshots:
         snapshots = self._caching.snapshots
         if snapshots is None or snapshots.cache.tier is None:
-            raise UnavailableError("this server has no store: start it with --store URL")
+            raise PreconditionError("this server has no store: start it with --store URL")
         return snapshots
 
     def _conversation(self, slot: int) -> Conversation:
@@ -225,14 +231,20 @@ class SlotOperations:
                     SlotProgress(name, progress.done_chunks, progress.chunks, progress.done_bytes, progress.bytes)
                 ])
 
-        progress = self._running[name] = Progress(report=report)
+        with self._changed:
+            progress = self._running[name] = Progress(report=report)
+            progress.stopped = name in self._overtaken
+            self._overtaken.pop(name, None)
         try:
+            progress.check()
             yield progress
         finally:
             self._running.pop(name, None)
 
     @contextlib.contextmanager
-    def _kept(self, slot: int, operation: Operation, wait_until: float | None) -> Iterator[None]:
+    def _kept(
+        self, slot: int, operation: Operation, wait_until: float | None, progress: Progress | None = None
+    ) -> Iterator[None]:
         """Keep a slot from requests and other operations; PreconditionError if it is in use for too long."""
         with self._changed:
             while True:
@@ -244,6 +256,8 @@ class SlotOperations:
                     if left <= 0:
                         raise
                     self._changed.wait(left)
+                    if progress is not None:
+                        progress.check()
         try:
             yield
         finally:
