@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 from blake3 import blake3
 
 from numoe.engine.errors import PreconditionError
@@ -62,7 +63,12 @@ class FolderStore(Store):
         return blake3(view).hexdigest()
 
     def _get(self, key: str) -> memoryview:
-        return memoryview((self._root / key).read_bytes())
+        with (self._root / key).open("rb", buffering=0) as file:
+            data = np.empty(os.fstat(file.fileno()).st_size, np.uint8)  # large arrays get huge pages
+            filled = 0
+            while filled < data.size and (count := file.readinto(data[filled:].data)):
+                filled += count
+        return data[:filled].data.toreadonly()
 
     def _get_versioned(self, key: str) -> tuple[memoryview, str]:
         data = self._get(key)

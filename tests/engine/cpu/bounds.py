@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,11 +32,13 @@ from numoe.engine.experts.mailbox import SHARD_STRIDE, SHARDS_AT, Mailbox, Mailb
 from numoe.engine.experts.shard import ExpertShard
 from numoe.engine.formats import pack as numpy_pack
 from numoe.engine.formats import shape_of
+from numoe.engine.gpu import kv_pool as gpu_kv_pool
 from numoe.engine.scheduler import Batch
 from numoe.engine.worker import forward as worker_forward
 from numoe.engine.worker.kv_pool import KvType
 from numoe.engine.worker.weights import DenseWeights
 from tests.engine.cpu.guard import SIDES, GuardedMemory, offsets
+from tests.engine.cpu.pages import Layers
 from tests.engine.cpu.support import ALL_FORMATS, Matrix, random_weights
 from tests.engine.cpu.test_products import as_seen
 from tests.engine.worker import local
@@ -95,6 +98,22 @@ def check_pack(memory: GuardedMemory, qtype: QuantType) -> None:
             with memory.everywhere():
                 pack(guarded, qtype, found, blocks)
             assert np.array_equal(found, want)
+
+
+# --- KV pages ---------------------------------------------------------------------------------------
+
+
+def check_transfer(memory: GuardedMemory, *, on_gpu: bool) -> None:
+    """Every KV type and number of tokens that fills tiles or does not, both ways."""
+    kinds = gpu_kv_pool.GPU_KV_TYPES if on_gpu else ("f16", "q8_0")
+    for keys, values, dim, tokens in product(kinds, kinds, (32, 96), (1, 6, 31, 32, 77, 256)):
+        layers = Layers(KvType(keys, values), 2, dim, on_gpu)
+        page, want = memory.copy(layers.random(0)), layers.reference(layers.random(0), tokens)
+        rows = memory.zeros(want.shape, np.uint8)
+        say(f"pages: {'GPU' if on_gpu else 'CPU'}, {keys} and {values} of {dim} dimensions, {tokens} tokens")
+        for to_page in (False, True):
+            layers.transfer(page, rows, tokens, to_page=to_page)
+        assert np.array_equal(rows, want)
 
 
 # --- whole forward passes ------------------------------------------------------------------------------
@@ -288,6 +307,8 @@ def cases() -> Iterator[tuple[str, Callable[[GuardedMemory], None]]]:
         yield f"product:{qtype.name}", partial(check_product, qtype=qtype)
         yield f"unpack:{qtype.name}", partial(check_unpack, qtype=qtype)
         yield f"pack:{qtype.name}", partial(check_pack, qtype=qtype)
+    yield "pages:transfer", partial(check_transfer, on_gpu=False)
+    yield "pages:transfer_interleaved", partial(check_transfer, on_gpu=True)
     for name, case in PASSES.items():
         yield name, partial(check_pass, case=case)
     for fault in FAULTS:

@@ -1,7 +1,7 @@
 """No kernel reads or writes outside its arrays: they run between pages that nobody may touch (`guard.py`).
 
-On the best path of the host: products, unpacking and packing of every format, and forward passes
-that run every kernel of a step and the shards' loop. On its other paths, products and unpacking of
+On the best path of the host: products, unpacking and packing of every format, KV pages on their way,
+and forward passes that run every kernel of a step and the shards' loop. On its other paths, products and unpacking of
 the two formats that test_isa.py compiles there anyway, since compiling is what takes time;
 `NUMOE_BOUNDS=all` runs everything on every path, which takes about ten minutes.
 """
@@ -96,6 +96,12 @@ def checkers() -> Iterator[Checkers]:
 @pytest.mark.parametrize(("isa", "case"), FORMAT_CASES)
 def test_kernels_of_weight_formats_stay_inside_their_arrays(checkers: Checkers, isa: str, case: str) -> None:
     checkers.run(isa, case)
+
+
+@pytest.mark.parametrize("isa", PASS_ISAS)
+@pytest.mark.parametrize("name", kernels.PAGES)
+def test_kernels_of_kv_pages_stay_inside_their_arrays(checkers: Checkers, isa: str, name: str) -> None:
+    checkers.run(isa, f"pages:{name}")
 
 
 @pytest.mark.parametrize("isa", PASS_ISAS)
