@@ -60,8 +60,9 @@ class AttentionActor:
             threads_on_host=plan.threads_on_host,
             kv_type=plan.kv_type,
             shared=None if plan.gpu else SharedWeights(folder, plan.dense_slice, CachedPages.load(folder)),
+            gpu_layers=plan.gpu_layers,
         )
-        self._progress = Progress(plan.dense_bytes)
+        self._progress = Progress(plan.dense_bytes + plan.gpu_expert_bytes)
         self._forward = _forward_of(plan)(ModelConfig.from_gguf(gguf), gguf, self._mailbox, options, self._progress)
         tiers = _tiers(plan, gguf)
         scheduler = Scheduler(

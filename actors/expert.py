@@ -21,7 +21,7 @@ class ExpertActor:
     def initialize(self) -> None:
         """Place the shard's slice in shared memory, or attach to it where it lies."""
         from numoe.engine.experts.mailbox import Mailbox
-        from numoe.engine.experts.shard import ExpertShard, ShardSlice
+        from numoe.engine.experts.shard import ExpertShard
         from numoe.engine.gguf import GgufFile
         from numoe.engine.models.config import ModelConfig
         from numoe.engine.weights import CachedPages
@@ -34,7 +34,7 @@ class ExpertActor:
             ModelConfig.from_gguf(gguf),
             gguf,
             mailbox,
-            ShardSlice(self._index, len(plan.shards)),
+            plan.cut(self._index),
             folder=self._folder,
             threads=placement.threads,
             threads_on_host=plan.threads_on_host,

@@ -19,13 +19,16 @@ class Forecast:
 
     dense_bytes:   weights of the attention side that it reads. expert_bytes: of routed experts.
     kv_bytes:      keys and values of a whole context.
-    attention_ms, experts_ms: those bytes over the bandwidth of where they lie; the first without KV.
+    gpu_expert_bytes: of routed experts that live on the GPU.
+    attention_ms, experts_ms: those bytes over the bandwidth of where they lie; the first without KV, and with
+                   the GPU's experts.
     kv_ms:         the same of a whole context's keys and values.
     context_tokens: for each KV type, tokens that fit what is left of the memory, all requests together.
     """
 
     dense_bytes: int
     expert_bytes: int
+    gpu_expert_bytes: int
     kv_bytes: int
     attention_ms: float
     experts_ms: float
@@ -44,17 +47,21 @@ def forecast(
     attention_bytes_s = gpu_bytes_s if plan.gpu else cpu_bytes_s
     dense = _read_by_a_token(gguf)
     experts = sum(shard.nbytes for shard in plan.shards)
-    used = experts * config.moe.n_used // config.moe.n_experts if config.moe else 0
+    used, used_on_gpu = (
+        nbytes * config.moe.n_used // config.moe.n_experts if config.moe else 0
+        for nbytes in (experts, plan.gpu_expert_bytes)
+    )
     kv = pool.nbytes(config, 1, plan.kv_type) * plan.context // PAGE_TOKENS
     if plan.gpu:
-        free = plan.gpu.free_bytes - GPU_RESERVE - plan.dense_bytes - plan.work_bytes
+        free = plan.gpu.free_bytes - GPU_RESERVE - plan.attention_bytes + plan.kv_bytes
     else:
         free = free_memory - plan.shared_bytes - plan.dense_bytes
     return Forecast(
         dense_bytes=dense,
         expert_bytes=used,
+        gpu_expert_bytes=used_on_gpu,
         kv_bytes=kv,
-        attention_ms=1e3 * dense / attention_bytes_s,
+        attention_ms=1e3 * (dense + used_on_gpu) / attention_bytes_s,
         experts_ms=1e3 * used / cpu_bytes_s,
         kv_ms=1e3 * kv / attention_bytes_s,
         context_tokens={

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 from numoe.cluster.topology import Topology, available_memory
 from numoe.engine.errors import InputError, ResourceError
 from numoe.engine.experts.mailbox import MailboxLayout
-from numoe.engine.experts.shard import ShardSlice, plan_slice, slice_bytes
+from numoe.engine.experts.shard import ShardSlice, expert_layers, expert_names, plan_slice, slice_bytes
 from numoe.engine.gguf import GgufFile
 from numoe.engine.gpu.device import Device
 from numoe.engine.gpu.kv_pool import GpuKvPool, check_kv_type
@@ -62,7 +64,8 @@ class PlanOptions:
     context: tokens of a request at most. slots: requests that run at once. threads: of all shards
     together, and of the attention worker. shards: expert shards. chunk: prompt tokens a step.
     queue: requests that may wait. kv_type: of the KV cache. device: where attention runs, one of DEVICES.
-    cache: what outlives a request.
+    gpu_layers: how many layers' routed experts live on the GPU, None for as many as there is room for.
+    gpu_memory: bytes of VRAM to use at most. cache: what outlives a request.
     """
 
     context: int | None = None
@@ -73,6 +76,8 @@ class PlanOptions:
     queue: int | None = None
     kv_type: KvType = F16
     device: str = "auto"
+    gpu_layers: int | None = None
+    gpu_memory: int | None = None
     cache: CacheOptions = CacheOptions()
 
 
@@ -92,7 +97,9 @@ class Plan:
 
     model: the file to open. files: all of its files. source: their fingerprint, which weights in shared memory have.
     cpus: processors that may be used. gpu: where attention runs, None for the CPUs. dense_bytes: of
-    the attention side's weights. kv_bytes: of its pages. work_bytes: of a GPU's buffers.
+    the attention side's weights. kv_bytes: of its pages. work_bytes: of a GPU's buffers. gpu_layers: how many
+    layers' routed experts, the first ones, live on the GPU; gpu_expert_bytes: of them. The shards hold the others;
+    there are none if no layer is left to them.
     """
 
     model: str
@@ -111,6 +118,8 @@ class Plan:
     dense_bytes: int
     kv_bytes: int
     work_bytes: int
+    gpu_layers: int
+    gpu_expert_bytes: int
     mailbox: MailboxLayout | None
     cache: CacheOptions
 
@@ -132,7 +141,11 @@ class Plan:
 
     def expert_slice(self, index: int) -> SliceKey:
         """The slice of a shard."""
-        return SliceKey(source=self.source, cut=ShardSlice(index, len(self.shards)).name)
+        return SliceKey(source=self.source, cut=self.cut(index).name)
+
+    def cut(self, index: int) -> ShardSlice:
+        """What a shard holds of the experts."""
+        return ShardSlice(index, len(self.shards), self.gpu_layers)
 
     @property
     def dense_slice(self) -> SliceKey:
@@ -147,7 +160,7 @@ class Plan:
     @property
     def attention_bytes(self) -> int:
         """Bytes that the attention side takes, in memory or in VRAM."""
-        return self.dense_bytes + self.kv_bytes + self.work_bytes
+        return self.dense_bytes + self.kv_bytes + self.work_bytes + self.gpu_expert_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -163,6 +176,7 @@ def make_plan(
         raise InputError(f"--device {options.device} is not one of {', '.join(DEVICES)}")
     if gpu:
         check_kv_type(config, options.kv_type)
+        gpu = _capped(gpu, options.gpu_memory)
     else:
         options.kv_type.check(config)
     slots = _positive("--parallel", options.slots, DEFAULT_SLOTS, MAX_SLOTS)
@@ -176,12 +190,23 @@ def make_plan(
     threads = _positive("--threads", options.threads, cpus - spare, 4096)
     queue = _positive("--queue", options.queue, DEFAULT_QUEUE, 1 << 20)
     pages = slots * pages_for(context)
-    shards: tuple[ShardPlacement, ...] = ()
-    mailbox = None
+    placed_kv = (GpuKvPool if gpu else KvPool).nbytes(config, pages, options.kv_type)
+    dense = dense_bytes(gguf, dense_tensor_names(gguf)) if gpu else packed_bytes(plan_dense(gguf))
+    count = 0
     if config.moe is not None:
         count = _positive("--shards", options.shards, len(topology.compute_nodes), config.moe.ffn // 32)
-        shards = _place_shards(config, gguf, topology, count, threads)
+    cuts = [ShardSlice(i, count) for i in range(count)]
+    work = work_bytes(config, gguf, cuts, chunk + slots) if gpu else 0
+    free = gpu.free_bytes - GPU_RESERVE - dense - placed_kv - work if gpu else 0
+    on_gpu = _choose_resident(config, gguf, options.gpu_layers, free, has_gpu=gpu is not None)
+    shards: tuple[ShardPlacement, ...] = ()
+    mailbox = None
+    if config.moe is not None and len(on_gpu) < len(expert_layers(config, gguf)):
+        cuts = [replace(cut, skipped=len(on_gpu)) for cut in cuts]
+        shards = _place_shards(config, gguf, topology, cuts, threads)
         mailbox = MailboxLayout(count, chunk + slots, config.moe.n_used, config.hidden)
+    elif gpu:
+        work = work_bytes(config, gguf, (), chunk + slots)
     return Plan(
         model=str(gguf.path.absolute()),
         files=tuple(str(path.absolute()) for path in gguf.paths),
@@ -196,23 +221,46 @@ def make_plan(
         gpu=gpu,
         attention_threads=1 if gpu else threads,
         shards=shards,
-        dense_bytes=dense_bytes(gguf, dense_tensor_names(gguf)) if gpu else packed_bytes(plan_dense(gguf)),
-        kv_bytes=(GpuKvPool if gpu else KvPool).nbytes(config, pages, options.kv_type),
-        work_bytes=work_bytes(config, gguf, len(shards), chunk + slots) if gpu else 0,
+        dense_bytes=dense,
+        kv_bytes=placed_kv,
+        work_bytes=work,
+        gpu_layers=len(on_gpu),
+        gpu_expert_bytes=sum(on_gpu),
         mailbox=mailbox,
         cache=options.cache,
     )
 
 
+def _capped(gpu: Device, most: int | None) -> Device:
+    """The GPU as if no more than `most` bytes of it were free."""
+    return gpu if most is None else replace(gpu, free_bytes=min(gpu.free_bytes, most))
+
+
+def _choose_resident(
+    config: ModelConfig, gguf: GgufFile, wanted: int | None, free: int, *, has_gpu: bool
+) -> tuple[int, ...]:
+    """Bytes of each layer whose routed experts go to the GPU, the first ones."""
+    layers = expert_layers(config, gguf) if config.moe else []
+    if wanted is not None and wanted > (len(layers) if has_gpu else 0):
+        reason = f"the model has routed experts in {len(layers)} layers" if has_gpu else "no GPU is used"
+        raise InputError(f"--gpu-experts {wanted} is not possible: {reason}")
+    if not has_gpu:
+        return ()
+    sizes = [dense_bytes(gguf, expert_names(layer)) for layer in layers]
+    if wanted is not None:
+        return tuple(sizes[:wanted])
+    return tuple(size for size, end in zip(sizes, accumulate(sizes), strict=True) if end <= free)
+
+
 def _place_shards(
-    config: ModelConfig, gguf: GgufFile, topology: Topology, count: int, threads: int
+    config: ModelConfig, gguf: GgufFile, topology: Topology, cuts: Sequence[ShardSlice], threads: int
 ) -> tuple[ShardPlacement, ...]:
-    nodes = topology.compute_nodes
+    nodes, count = topology.compute_nodes, len(cuts)
     placements = []
-    for index in range(count):
+    for index, cut in enumerate(cuts):
         node = nodes[index * len(nodes) // count]
         share = threads * (index + 1) // count - threads * index // count
-        nbytes = slice_bytes(plan_slice(config, gguf, ShardSlice(index, count)))
+        nbytes = slice_bytes(plan_slice(config, gguf, cut))
         placements.append(ShardPlacement(index=index, numa_node=node.id, threads=max(1, share), nbytes=nbytes))
     return tuple(placements)
 
@@ -226,9 +274,10 @@ def check_memory(plan: Plan, available: int | None = None, shared: int | None = 
     if plan.gpu and plan.attention_bytes + GPU_RESERVE > plan.gpu.free_bytes:
         raise ResourceError(
             f"attention needs {_gb(plan.attention_bytes + GPU_RESERVE)} of VRAM ({_gb(plan.dense_bytes)} weights, "
-            f"{_gb(plan.kv_bytes)} KV cache, {_gb(plan.work_bytes)} buffers, {_gb(GPU_RESERVE)} reserve) and "
-            f"{plan.gpu.name} has {_gb(plan.gpu.free_bytes)} free: lower --ctx-size, --parallel or --chunk, choose "
-            "--cache-type-k q8_0 --cache-type-v q8_0, or --device cpu"
+            f"{_gb(plan.kv_bytes)} KV cache, {_gb(plan.work_bytes)} buffers, {_gb(plan.gpu_expert_bytes)} experts, "
+            f"{_gb(GPU_RESERVE)} reserve) and of {plan.gpu.name} {_gb(plan.gpu.free_bytes)} may be used: lower "
+            "--ctx-size, --parallel, --chunk or --gpu-experts, choose --cache-type-k q8_0 --cache-type-v q8_0, or "
+            "--device cpu"
         )
     there = _bytes_there(plan)
     total, in_shm = plan.total_bytes - there, plan.shared_bytes - there

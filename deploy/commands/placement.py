@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cyclopts import Parameter
 
+from numoe.deploy.commands.caching import parse_size
 from numoe.engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ class Placement:
         Type of the keys in the KV cache: f16, q8_0, which takes half the memory, or q4_0, a quarter (GPU only).
     cache_type_v
         Type of the values in the KV cache, likewise.
+    gpu_experts
+        Layers whose routed experts live on the GPU: "auto" is as many as there is room for beside everything else
+        and 1 GiB of reserve.
+    gpu_memory
+        Memory of the GPU to use at most, e.g. "10G"; what is free if not given.
 
     """
 
@@ -38,6 +44,8 @@ class Placement:
     device: str = "auto"
     cache_type_k: str = "f16"
     cache_type_v: str = "f16"
+    gpu_experts: str = "auto"
+    gpu_memory: str | None = None
 
     def plan_options(self, **more: Any) -> PlanOptions:
         """These and other options of a plan; InputError for one that makes no sense."""
@@ -46,8 +54,10 @@ class Placement:
 
         return PlanOptions(
             threads=self.threads,
-            shards=_parse_shards(self.shards),
+            shards=_number_or_auto("--shards", self.shards),
             device=self.device,
+            gpu_layers=_number_or_auto("--gpu-experts", self.gpu_experts),
+            gpu_memory=None if self.gpu_memory is None else parse_size(self.gpu_memory),
             kv_type=KvType(self.cache_type_k, self.cache_type_v),
             **more,
         )
@@ -57,10 +67,10 @@ ANYWHERE = Placement()
 """What a command takes if none of these flags is given."""
 
 
-def _parse_shards(text: str) -> int | None:
-    """The number of shards, None for "auto"."""
+def _number_or_auto(flag: str, text: str) -> int | None:
+    """The number, None for "auto"."""
     if text == "auto":
         return None
-    if not text.isdigit():
-        raise InputError(f"--shards {text} is neither 'auto' nor a number")
+    if not text.isdecimal():
+        raise InputError(f"{flag} {text} is neither 'auto' nor a number")
     return int(text)

@@ -14,6 +14,9 @@ from numoe.deploy.console import one_line_errors
 if TYPE_CHECKING:
     from numoe.cluster.plan import Plan
 
+_EMPTY = ("dense_bytes", "expert_bytes", "gpu_expert_bytes")
+"""What a token reads without a context."""
+
 
 def plan(
     model: str,
@@ -80,11 +83,13 @@ def _plan(model: str, options: Any) -> dict[str, Any]:
         "context": found.context,
         "slots": found.slots,
         "chunk": found.chunk,
+        "gpu_layers": found.gpu_layers,
         "kv_type": asdict(found.kv_type),
         "bandwidth_gb_s": {"memory": cpu / 1e9, "vram": gpu / 1e9},
         "token": {
             "dense_bytes": expected.dense_bytes,
             "expert_bytes": expected.expert_bytes,
+            "gpu_expert_bytes": expected.gpu_expert_bytes,
             "kv_bytes_full_context": expected.kv_bytes,
             "ms_empty": expected.attention_ms + expected.experts_ms,
             "ms_full_context": expected.attention_ms + expected.experts_ms + expected.kv_ms,
@@ -95,10 +100,16 @@ def _plan(model: str, options: Any) -> dict[str, Any]:
 
 def _places(plan: Plan) -> list[dict[str, Any]]:
     """What lies where: (place, what, bytes)."""
+    from numoe.cluster.plan import GPU_RESERVE
+
     attention = plan.gpu.name if plan.gpu else "memory"
     rows = [(attention, "attention, head, embedding", plan.dense_bytes), (attention, "KV cache", plan.kv_bytes)]
     if plan.work_bytes:
         rows.append((attention, "buffers", plan.work_bytes))
+    if plan.gpu:
+        rows.append((attention, "reserve", GPU_RESERVE))
+    if plan.gpu_layers:
+        rows.append((attention, f"experts of {plan.gpu_layers} layers, the first", plan.gpu_expert_bytes))
     rows.extend(
         (f"memory of node {shard.numa_node}", f"experts {shard.index} of {len(plan.shards)}", shard.nbytes)
         for shard in plan.shards
@@ -122,7 +133,7 @@ def _print(values: dict[str, Any]) -> None:
     vram = f", VRAM at {speed['vram']:.0f} GB/s" if speed["vram"] else ""
     console.print(f"{values['slots']} requests of up to {values['context']} tokens; steps of {values['chunk']}")
     console.print(
-        f"a token reads {(token['dense_bytes'] + token['expert_bytes']) / 1e9:.2f} GB, and behind a full context "
+        f"a token reads {sum(token[part] for part in _EMPTY) / 1e9:.2f} GB, and behind a full context "
         f"{token['kv_bytes_full_context'] / 1e9:.2f} GB of KV: at least {token['ms_empty']:.1f} and "
         f"{token['ms_full_context']:.1f} ms (memory at {speed['memory']:.0f} GB/s{vram})"
     )

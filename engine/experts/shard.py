@@ -34,10 +34,14 @@ PARTS = ("gate", "up", "down")
 
 @dataclass(frozen=True)
 class ShardSlice:
-    """The part of every expert that shard `index` of `count` holds: a range of intermediate columns."""
+    """The part of every expert that shard `index` of `count` holds: a range of intermediate columns.
+
+    skipped: of the layers with routed experts that many, the first ones, are held by a GPU instead.
+    """
 
     index: int
     count: int
+    skipped: int = 0
 
     def blocks(self, intermediate: int) -> tuple[int, int]:
         """The range of 32-column blocks, as equal as they divide."""
@@ -47,7 +51,7 @@ class ShardSlice:
     @property
     def name(self) -> str:
         """What its weights are called."""
-        return f"experts-{self.index}-of-{self.count}"
+        return f"experts-{self.index}-of-{self.count}" + (f"-after-{self.skipped}" if self.skipped else "")
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,22 @@ class ExpertMatrices:
         return self.experts * self.shape.nbytes
 
 
+def expert_names(layer: int) -> list[str]:
+    """The tensors of a layer's routed experts: gate, up and down."""
+    return [f"blk.{layer}.ffn_{part}_exps.weight" for part in PARTS]
+
+
+def expert_layers(config: ModelConfig, gguf: GgufFile) -> list[int]:
+    """The layers that have routed experts."""
+    return [layer for layer in range(config.n_layers) if expert_names(layer)[0] in gguf.tensors]
+
+
 def plan_slice(config: ModelConfig, gguf: GgufFile, cut: ShardSlice) -> dict[int, list[ExpertMatrices]]:
-    """What the shard holds: for each layer with routed experts, gate, up and down."""
+    """What the shard holds: for each layer whose routed experts it has, gate, up and down."""
     plan: dict[int, list[ExpertMatrices]] = {}
     offset = 0
-    for layer in range(config.n_layers):
-        names = [f"blk.{layer}.ffn_{part}_exps.weight" for part in PARTS]
-        if names[0] not in gguf.tensors:
-            continue
+    for layer in expert_layers(config, gguf)[cut.skipped :]:
+        names = expert_names(layer)
         plan[layer] = []
         for part, name in zip(PARTS, names, strict=True):
             info = gguf.tensors[name]

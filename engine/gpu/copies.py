@@ -68,7 +68,7 @@ def measure_copies(node: int) -> HostCopies:
 
 
 def _best(target: int, source: int, kind: int) -> float:
-    cp, times = cupy(), []
+    cp, times = cupy(), list[float]()
     for _ in range(_ROUNDS):
         start, end = cp.cuda.Event(), cp.cuda.Event()
         start.record()

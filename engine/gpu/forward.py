@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from numoe.engine.errors import UnavailableError
 from numoe.engine.experts.mailbox import Mailbox
+from numoe.engine.experts.shard import ShardSlice, expert_layers
 from numoe.engine.formats.layouts import packed_format
 from numoe.engine.gguf import GgufFile
 from numoe.engine.gpu import rows as ops
@@ -30,6 +31,8 @@ from numoe.engine.gpu.kv_pool import GpuKvPool
 from numoe.engine.gpu.logits import DeviceLogits
 from numoe.engine.gpu.matrices import multiply_all
 from numoe.engine.gpu.pages import GpuPages
+from numoe.engine.gpu.pairs import ExpertPairs
+from numoe.engine.gpu.resident import ResidentExperts
 from numoe.engine.gpu.step import StepInputs
 from numoe.engine.gpu.streamed import StreamedExperts
 from numoe.engine.gpu.weights import GpuWeights
@@ -55,15 +58,24 @@ class GpuForward:
     ) -> None:
         self.config, self.options, self._mailbox, self._path = config, options, mailbox, gguf.path
         self._stream = cupy().cuda.Stream(non_blocking=True)
+        # A thread that waits for it sleeps: spinning, it would take a processor from the shards and the gateway.
+        self._done = cupy().cuda.Event(block=True, disable_timing=True)
         with self._stream:
             self.weights = GpuWeights(gguf, options.max_rows, progress)
             self.pool = GpuKvPool(config, options.n_pages, options.kv_type)
             self.pages = GpuPages(config, self.pool)
             self._inputs = StepInputs(options.max_rows, options.slots, pages_for(options.context))
             self._attention = GpuAttention(config, self.pool, options.max_rows, pages_for(options.context))
+            self._pairs: ExpertPairs | None = None
+            self._resident: ResidentExperts | None = None
             self._exchange: GpuExchange | None = None
             self._streamed: StreamedExperts | None = None
             self.stream_from: int | None = None  # measured when the first batch of many rows comes
+            if config.moe is not None:
+                self._pairs = ExpertPairs(config, gguf, options.max_rows)
+                layers = expert_layers(config, gguf)[: options.gpu_layers]
+                workspace = self.weights.workspace
+                self._resident = ResidentExperts(config.moe, gguf, layers, self._pairs, workspace, progress)
             if mailbox is not None and config.moe is not None:
                 self._exchange = GpuExchange(
                     mailbox, config.moe, reads_f32=_reads_f32(gguf), bound_s=options.shard_bound_s
@@ -75,7 +87,15 @@ class GpuForward:
 
     @property
     def _first_expert_layer(self) -> int:
-        return next(n for n in range(self.config.n_layers) if f"blk.{n}.ffn_gate_inp.weight" in self.weights.matrices)
+        """The first layer whose experts the shards have."""
+        return next(n for n in range(self.config.n_layers) if self._is_routed(n) and n not in self._resident_layers)
+
+    @property
+    def _resident_layers(self) -> Container[int]:
+        return () if self._resident is None else self._resident
+
+    def _is_routed(self, layer: int) -> bool:
+        return f"blk.{layer}.ffn_gate_inp.weight" in self.weights.matrices
 
     def _make_buffers(self) -> None:
         import cupyx
@@ -116,7 +136,8 @@ class GpuForward:
             self._copy_words()
             if self._mailbox is not None:
                 self._mailbox.wake_shards()  # while the first layer's attention runs
-            self._stream.synchronize()
+            self._done.record(self._stream)
+            self._done.synchronize()
         if failed := int(self._words()["failed"]):
             raise UnavailableError(f"expert shard {failed - 1} did not answer; it may have died")
         if rows <= GRAPH_ROWS:
@@ -181,10 +202,11 @@ class GpuForward:
 
     def attach_experts(self, folder: Path) -> None:
         """Map the shards' weights in `folder`, which are there now, to stream them for large batches."""
-        if self._mailbox is not None and self.config.moe is not None:
+        if self._mailbox is not None and self._pairs is not None:
+            shards, skipped = self._mailbox.layout.shards, self.options.gpu_layers
+            cuts = [ShardSlice(i, shards, skipped) for i in range(shards)]
             with self._stream, GgufFile.open(self._path) as gguf:
-                layout = self._mailbox.layout
-                self._streamed = StreamedExperts(self.config, gguf, folder, layout.shards, layout.max_rows)
+                self._streamed = StreamedExperts(self.config, gguf, folder, cuts, self._pairs)
 
     def close(self) -> None:
         """Give host memory that CUDA has pinned back to the host alone."""
@@ -205,7 +227,7 @@ class GpuForward:
         self.weights.matrices["token_embd.weight"].embed(self._inputs.tokens, self._x, rows)
         for layer in range(self.config.n_layers):
             self._attend(layer, rows, decode_rows)
-            if f"blk.{layer}.ffn_gate_inp.weight" in self.weights.matrices:
+            if self._is_routed(layer):
                 self._experts(layer, rows)
             else:
                 self._dense_ffn(layer, rows)
@@ -241,11 +263,14 @@ class GpuForward:
         matrices[prefix + "ffn_down.weight"].multiply(self._gate, self._x, rows, add=True)
 
     def _experts(self, layer: int, rows: int) -> None:
-        if self._exchange is None:
-            raise UnavailableError(f"layer {layer} has routed experts, but there are no expert shards")
         prefix = f"blk.{layer}."
         self._norm(prefix + "ffn_norm.weight", self._x, self._normed, rows)
         self.weights.matrices[prefix + "ffn_gate_inp.weight"].multiply(self._normed, self._router, rows)
+        if self._resident is not None and layer in self._resident:
+            self._resident.run(layer, self._x, self._normed, self._router, rows)
+            return
+        if self._exchange is None:
+            raise UnavailableError(f"layer {layer} has routed experts, but there are no expert shards")
         if streamed := self._streamed_for(rows):
             streamed.run(self._x, self._normed, self._router, rows)
             return

@@ -107,9 +107,10 @@ def _kernels(qtype: QuantType) -> dict[str, Any]:
     name = qtype.name
     if qtype in FLOATS:
         gemv = {f"gemv{r}": f"gemv_floats<{name}, {r}>" for r in (1, 2, 4, 8, 16)}
+        gemv["gemv_experts"] = f"gemv_experts_floats<{name}>"
         other = {"embed": f"embed_floats<{name}>", "to_half": f"to_half<{name}>"}
     else:
-        gemv = {f"gemv{4 * n}": f"gemv<{name}, {n}>" for n in (1, 2, 4)}
+        gemv = {f"gemv{4 * n}": f"gemv<{name}, {n}>" for n in (1, 2, 4)} | {"gemv_experts": f"gemv_experts<{name}>"}
         other = {what: f"{what}<{name}>" for what in ("repack", "dequantize", "embed")}
     found: dict[str, Any] = {}
     for source, kernels in (("gemv", gemv), ("dequantize", other)):
@@ -134,6 +135,11 @@ def _sms() -> int:
 _PRODUCTS = np.dtype({
     "names": ["each", "count"],
     "formats": [(np.dtype([("weights", "u8"), ("out", "u8"), ("out_rows", "i8")]), PRODUCTS_AT_ONCE), "i8"],
+})  # fmt: skip
+
+_EXPERTS = np.dtype({
+    "names": ["each", "bytes", "count"],
+    "formats": [(np.dtype([("weights", "u8"), ("out", "u8"), ("out_rows", "i8")]), 2), ("i8", 2), "i8"],
 })  # fmt: skip
 
 
@@ -234,28 +240,33 @@ class GpuMatrix:
             count = min(slab, self.out_rows - first)
             weights = self.data if self.qtype == QuantType.F16 else space.weights
             if self.qtype != QuantType.F16:
-                self._dequantize(first, count, space.weights)
+                self.dequantize_parts(first, count, space.weights.data.ptr, part=count)
             to = out.data.ptr + 4 * first
             gemm.multiply(weights.data.ptr, x.data.ptr, to, shape, count, np.float16, add=add)
 
     # --- weights as numbers -----------------------------------------------------------------------
 
-    def _dequantize(self, first: int, rows: int, out: cp.ndarray) -> None:
-        """Rows from `first` (a multiple of 16) on as float16."""
-        if self.is_float:
-            at = self.data.data.ptr + first * self.cols * FLOATS[self.qtype]
-            count = rows * self.cols
-            self._launch("to_half", (-(-count // (4 * _THREADS)),), np.uint64(at), np.int64(count), out)
+    def dequantize_parts(self, first: int, rows: int, at: int, *, part: int) -> None:
+        """Rows from `first` on as float16 at a device address; after each `part` rows as many are left out there.
+
+        first, part: multiples of 16.
+        """
+        if not self.is_float:
+            lanes = -(-rows // _TILE_ROWS) * self.tiles * _LANES
+            self._launch(
+                "dequantize", (-(-lanes // _THREADS),), self.data, np.int64(first // _TILE_ROWS), np.int32(rows),
+                np.int32(self.cols), np.int32(self.tiles), np.uint64(at), np.int32(part),
+            )  # fmt: skip
             return
-        lanes = -(-rows // _TILE_ROWS) * self.tiles * _LANES
-        self._launch(
-            "dequantize", (-(-lanes // _THREADS),), self.data, np.int64(first // _TILE_ROWS), np.int32(rows),
-            np.int32(self.cols), np.int32(self.tiles), out,
-        )  # fmt: skip
+        for start in range(0, rows, part):
+            source = self.data.data.ptr + (first + start) * self.cols * FLOATS[self.qtype]
+            count, target = min(part, rows - start) * self.cols, at + 4 * start * self.cols
+            blocks = -(-count // (4 * _THREADS))
+            self._launch("to_half", (blocks,), np.uint64(source), np.int64(count), np.uint64(target))
 
     def dequantize(self, out: cp.ndarray) -> None:
         """The whole matrix as float16 [out_rows, cols]."""
-        self._dequantize(0, self.out_rows, out)
+        self.dequantize_parts(0, self.out_rows, out.data.ptr, part=self.out_rows)
 
     def embed(self, tokens: cp.ndarray, out: cp.ndarray, rows: int) -> None:
         """out[r] = row tokens[r] as float32, bit for bit GGML's dequantization. tokens: int32 [rows]."""
@@ -301,3 +312,33 @@ def _gemv(products: Sequence[tuple[GpuMatrix, cp.ndarray]], x: cp.ndarray, rows:
         kernel = matrix._kernels["gemv4" if count <= 4 else "gemv8" if count <= 8 else "gemv16"]
         args = (packed, at, np.int32(matrix.cols), np.int32(count), np.int32(add))
         kernel((blocks,), (_GEMV_WARPS * _LANES,), args, shared_mem=matrix._shared_bytes(count))
+
+
+def multiply_chosen(
+    products: Sequence[tuple[GpuMatrix, cp.ndarray]], experts: int, ids: cp.ndarray, x: cp.ndarray, pairs: int,
+    per_row: int,
+) -> None:  # fmt: skip
+    """out[p] = W[ids[p]] x[p // per_row] for p < pairs and one or two (matrix, out) with the same columns.
+
+    A matrix is those of all `experts`, one below the other, each of a multiple of 16 rows. ids: int32
+    [pairs]; x: float32 [., cols]; out: float32 [., rows of an expert]. A pair's result is the same bits
+    whatever the others are, those of `multiply` with that expert's matrix alone.
+    """
+    if len({matrix.qtype for matrix, _ in products}) > 1:
+        for product in products:
+            multiply_chosen([product], experts, ids, x, pairs, per_row)
+        return
+    matrix, packed = products[0][0], np.zeros((), _EXPERTS)
+    packed["count"] = len(products)
+    for i, (each, out) in enumerate(products):
+        packed["each"][i] = (each.data.data.ptr, out.data.ptr, each.out_rows // experts)
+        packed["bytes"][i] = each.nbytes // experts
+    args = (packed, ids, x, np.int32(per_row), np.int32(matrix.cols))
+    rows = [each.out_rows // experts for each, _ in products]
+    if matrix.is_float:
+        grid = (-(-max(rows) // _FLOAT_ROWS), pairs, len(products))
+        matrix._kernels["gemv_experts"](grid, (_THREADS,), args)
+        return
+    blocks = min(sum(rows) // _TILE_ROWS, max(1, _sms() // pairs))
+    kernel, shared = matrix._kernels["gemv_experts"], matrix._shared_bytes(1)
+    kernel((blocks, pairs), (_GEMV_WARPS * _LANES,), args, shared_mem=shared)

@@ -20,9 +20,9 @@ from numoe.engine.cpu.memory import address, align
 from numoe.engine.experts.shard import ExpertMatrices, ShardSlice, plan_slice
 from numoe.engine.formats import BLOCK_COLS
 from numoe.engine.gguf import GgufFile
-from numoe.engine.gpu import gemm
 from numoe.engine.gpu.compiler import module
 from numoe.engine.gpu.device import cupy
+from numoe.engine.gpu.pairs import ExpertPairs, portion_experts
 from numoe.engine.gpu.registered import RegisteredMemory
 from numoe.engine.models.config import ModelConfig
 from numoe.engine.weights import WeightSlice, linked
@@ -30,7 +30,6 @@ from numoe.engine.weights import WeightSlice, linked
 if TYPE_CHECKING:
     import cupy as cp
 
-PORTION_BYTES = 64 << 20
 RING = 6
 """Buffers for portions: one that is multiplied, the rest on their way."""
 _THREADS = 256
@@ -47,52 +46,34 @@ class _Portion:
 
 
 class StreamedExperts:
-    """The experts of all layers, for steps of up to `max_rows` rows.
+    """The experts of the layers that shards hold, multiplied in `pairs`.
 
-    folder: of the server, with links to the shards' slices. shards: how many there are.
+    folder: of the server, with links to the shards' slices. cuts: what each of them holds.
     """
 
-    def __init__(self, config: ModelConfig, gguf: GgufFile, folder: Path, shards: int, max_rows: int) -> None:
+    def __init__(
+        self, config: ModelConfig, gguf: GgufFile, folder: Path, cuts: Sequence[ShardSlice], pairs: ExpertPairs
+    ) -> None:
         assert config.moe is not None
-        self._config, self._moe = config, config.moe
-        self._slices = [plan_slice(config, gguf, ShardSlice(i, shards)) for i in range(shards)]
-        self._ranges = [ShardSlice(i, shards).blocks(config.moe.ffn) for i in range(shards)]
+        self._config, self._moe, self._pairs = config, config.moe, pairs
+        self._slices = [plan_slice(config, gguf, cut) for cut in cuts]
+        self._ranges = [cut.blocks(config.moe.ffn) for cut in cuts]
         self._segments = [
-            WeightSlice.open(linked(folder, ShardSlice(i, shards).name), writable=True) for i in range(shards)
+            WeightSlice.open(linked(folder, cut.name), writable=True) for cut in cuts
         ]
         self._memory = [RegisteredMemory(segment.array) for segment in self._segments]
-        per_portion, self._packed_bytes = _portion_size(self._slices)
+        self._packed_bytes = _packed_bytes(self._slices, pairs.portion)
         self._portions = [
-            _Portion(layer, first, min(first + per_portion, config.moe.n_experts))
+            _Portion(layer, first, min(first + pairs.portion, config.moe.n_experts))
             for layer in self._slices[0]
-            for first in range(0, config.moe.n_experts, per_portion)
+            for first in range(0, config.moe.n_experts, pairs.portion)
         ]
-        self._make_buffers(per_portion, max_rows)
-        self._kernels = module("experts")
+        self._ring = [cupy().empty(self._packed_bytes, np.uint8) for _ in range(RING)]
         self._unpackers = module("packed")
         self._copies = cupy().cuda.Stream(non_blocking=True)
         self._copied = [cupy().cuda.Event(disable_timing=True) for _ in range(RING)]
         self._free = [cupy().cuda.Event(disable_timing=True) for _ in range(RING)]
         self._started = self._done = 0
-
-    def _make_buffers(self, experts: int, max_rows: int) -> None:
-        moe, hidden = self._moe, self._config.hidden
-        pairs, empty = max_rows * moe.n_used, cupy().empty
-        self._ring = [empty(self._packed_bytes, np.uint8) for _ in range(RING)]
-        self._gate_up, self._down = (
-            empty((experts, 2 * moe.ffn, hidden), np.float16),
-            empty((experts, hidden, moe.ffn), np.float16),
-        )
-        self._ids, self._weights = empty(pairs, np.int32), empty(pairs, np.float32)
-        self._offsets = empty(moe.n_experts + 1, np.int32)
-        self._order, self._place = empty(pairs, np.int32), empty(pairs, np.int32)
-        self._rows = empty((pairs, hidden), np.float16)
-        self._both = empty((pairs, 2 * moe.ffn), np.float32)
-        self._h = empty((pairs, moe.ffn), np.float16)
-        self._y = empty((pairs, hidden), np.float32)
-        import cupyx
-
-        self._host_offsets = cupyx.zeros_pinned(moe.n_experts + 1, np.int32)
 
     def layer_seconds(self) -> float:
         """How long the copies of a layer take, measured with one portion."""
@@ -118,42 +99,15 @@ class StreamedExperts:
         x, normed: float32 [rows, hidden]; logits: the router's, float32 [rows, experts], overwritten.
         Waits for the routing to be known on the host.
         """
-        offsets = self._route(normed, logits, rows)
+        pairs = self._pairs
+        pairs.route(logits, rows)
+        offsets = pairs.group(normed, rows)
         layer = self._portions[self._done].layer
         while self._done < len(self._portions) and self._portions[self._done].layer == layer:
             self._multiply(self._done, offsets)
             self._done += 1
             self._start_copies()
-        moe, kernels = self._moe, self._kernels
-        kernels.get_function("combine_pairs")(
-            (rows,), (_THREADS,),
-            (x, self._y, self._place, self._weights, np.int32(moe.n_used), np.int32(self._config.hidden)),
-        )  # fmt: skip
-
-    def _route(self, normed: cp.ndarray, logits: cp.ndarray, rows: int) -> list[int]:
-        """Route and gather the rows; where each expert's pairs begin, [experts + 1]."""
-        moe, kernels, pairs = self._moe, self._kernels, rows * self._moe.n_used
-        kernels.get_function("route_rows")(
-            (-(-rows // 8),), (_THREADS,),
-            (
-                logits, np.int32(rows), np.int32(moe.n_experts), np.int32(moe.n_used),
-                np.int32(moe.normalize_weights), np.float32(moe.weights_scale), self._ids, self._weights,
-            ),
-        )  # fmt: skip
-        kernels.get_function("group_pairs")(
-            (moe.n_experts,), (_THREADS,),
-            (self._ids, np.int32(pairs), np.int32(moe.n_experts), self._offsets, self._order, self._place),
-        )  # fmt: skip
-        stream = cupy().cuda.get_current_stream()
-        self._offsets.data.copy_to_host_async(self._host_offsets.ctypes.data, self._offsets.nbytes)
-        known = stream.record()
-        kernels.get_function("gather_pairs")(
-            (pairs,), (_THREADS,),
-            (normed, self._order, np.int32(moe.n_used), np.int32(self._config.hidden), self._rows),
-        )  # fmt: skip
-        known.synchronize()
-        found: list[int] = self._host_offsets.tolist()
-        return found
+        pairs.combine(x, rows, grouped=True)
 
     # --- copies -----------------------------------------------------------------------------------
 
@@ -187,38 +141,16 @@ class StreamedExperts:
     def _multiply(self, number: int, offsets: list[int]) -> None:
         """The products of a portion's experts with their rows."""
         portion, slot = self._portions[number], number % RING
-        ffn, hidden, stream = self._moe.ffn, self._config.hidden, cupy().cuda.get_current_stream()
+        stream = cupy().cuda.get_current_stream()
         stream.wait_event(self._copied[slot])
         self._unpack(portion, self._ring[slot].data.ptr)
         self._free[slot].record(stream)
-        first, last = offsets[portion.first], offsets[portion.last]
-        if first == last:
-            return
-        # Addresses are reckoned here: an array's slice takes Python longer than cuBLAS a launch.
-        gate_up, rows, both = self._gate_up.data.ptr, self._rows.data.ptr, self._both.data.ptr
-        down, h, y = self._down.data.ptr, self._h.data.ptr, self._y.data.ptr
-        experts = [
-            (e - portion.first, offsets[e], offsets[e + 1] - offsets[e])
-            for e in range(portion.first, portion.last)
-            if offsets[e] < offsets[e + 1]
-        ]
-        for i, at, count in experts:
-            gemm.multiply(
-                gate_up + 4 * i * ffn * hidden, rows + 2 * at * hidden, both + 8 * at * ffn,
-                gemm.Shape(count, hidden, 2 * ffn), 2 * ffn, np.float16, add=False,
-            )  # fmt: skip
-        arguments = (np.uint64(both + 8 * first * ffn), np.int32(ffn), np.uint64(h + 2 * first * ffn))
-        self._kernels.get_function("swiglu_pairs")((last - first,), (_THREADS,), arguments)
-        for i, at, count in experts:
-            gemm.multiply(
-                down + 2 * i * hidden * ffn, h + 2 * at * ffn, y + 4 * at * hidden,
-                gemm.Shape(count, ffn, hidden), hidden, np.float16, add=False,
-            )  # fmt: skip
+        self._pairs.multiply(portion.first, portion.last, offsets)
 
     def _unpack(self, portion: _Portion, at: int) -> None:
         """A portion's packed weights to float16: gate above up [2 ffn, hidden], down [hidden, ffn]."""
         ffn, hidden = self._moe.ffn, self._config.hidden
-        gate_up, down = self._gate_up.data.ptr, self._down.data.ptr
+        gate_up, down = self._pairs.gate_up.data.ptr, self._pairs.down.data.ptr
         for plan, (start, _) in zip(self._slices, self._ranges, strict=True):
             row = BLOCK_COLS * start
             places = (
@@ -257,19 +189,15 @@ def _bytes_of(m: ExpertMatrices, portion: _Portion) -> int:
     return (portion.last - portion.first) * m.shape.nbytes
 
 
-def _portion_size(slices: Sequence[dict[int, list[ExpertMatrices]]]) -> tuple[int, int]:
-    """Experts of a portion, and the bytes of the largest portion."""
-    layers = slices[0].keys()
-    of_expert = max(sum(m.shape.nbytes for plan in slices for m in plan[layer]) for layer in layers)
-    experts = min(max(1, PORTION_BYTES // of_expert), max(m.experts for m in next(iter(slices[0].values()))))
-    return experts, experts * of_expert + len(slices) * 3 * align(1)
+def _packed_bytes(slices: Sequence[dict[int, list[ExpertMatrices]]], experts: int) -> int:
+    """Bytes of the largest portion of so many experts."""
+    of_expert = max(sum(m.shape.nbytes for plan in slices for m in plan[layer]) for layer in slices[0])
+    return experts * of_expert + len(slices) * 3 * align(1)
 
 
-def streamed_bytes(config: ModelConfig, gguf: GgufFile, shards: int, max_rows: int) -> int:
-    """Bytes of VRAM that `StreamedExperts` takes."""
-    if (moe := config.moe) is None:
+def ring_bytes(config: ModelConfig, gguf: GgufFile, cuts: Sequence[ShardSlice]) -> int:
+    """Bytes of VRAM that `StreamedExperts` takes besides `ExpertPairs`."""
+    if config.moe is None or not cuts:
         return 0
-    experts, packed = _portion_size([plan_slice(config, gguf, ShardSlice(i, shards)) for i in range(shards)])
-    pairs = max_rows * moe.n_used
-    of_pair = 16 + 2 * config.hidden + 8 * moe.ffn + 2 * moe.ffn + 4 * config.hidden
-    return RING * packed + experts * 6 * moe.ffn * config.hidden + pairs * of_pair
+    slices = [plan_slice(config, gguf, cut) for cut in cuts]
+    return RING * _packed_bytes(slices, portion_experts(config.moe, gguf))

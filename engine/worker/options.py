@@ -34,7 +34,8 @@ class ForwardOptions:
     max_rows: rows of a step at most. slots: sequences. n_pages: KV pages. context: tokens of a
     sequence at most. threads: of the team; threads_on_host: of all actors on this host together.
     shard_bound_s: how long a shard may show no sign of life. kv_type: of the KV cache. shared: where a CPU's
-    weights lie, None for memory of the process.
+    weights lie, None for memory of the process. gpu_layers: of the layers with routed experts that many, the
+    first ones, have them on the GPU.
     """
 
     max_rows: int
@@ -46,6 +47,7 @@ class ForwardOptions:
     shard_bound_s: float = 5.0
     kv_type: KvType = F16
     shared: SharedWeights | None = None
+    gpu_layers: int = 0
 
 
 class Forward(Protocol):

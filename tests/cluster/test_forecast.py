@@ -23,10 +23,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("m") / "m.gguf", "qwen3moe", expert_ffn=256, context=4096)
 
 
-def both(model: Path, gpu: Device | None) -> tuple[Plan, Forecast]:
+def both(model: Path, gpu: Device | None, gpu_layers: int = 0) -> tuple[Plan, Forecast]:
     with GgufFile.open(model) as gguf:
         config = ModelConfig.from_gguf(gguf)
-        plan = make_plan(config, gguf, HOST, PlanOptions(), gpu)
+        plan = make_plan(config, gguf, HOST, PlanOptions(gpu_layers=gpu_layers), gpu)
         return plan, forecast(plan, config, gguf, cpu_bytes_s=1e10, gpu_bytes_s=4e11, free_memory=1 << 33)
 
 
@@ -58,3 +58,13 @@ def test_the_context_that_fits_fits(model: Path, gpu: Device | None) -> None:
     free = (8 << 30) - plan.dense_bytes - (plan.work_bytes + GPU_RESERVE if gpu else plan.shared_bytes)
     assert 0 <= free - found.context_tokens["f16"] * per_token < 256 * per_token
     assert found.context_tokens["q8_0"] > 1.8 * found.context_tokens["f16"]
+
+
+def test_experts_on_the_gpu_are_read_at_its_bandwidth(model: Path) -> None:
+    _, shards = both(model, GPU)
+    plan, found = both(model, GPU, gpu_layers=2)
+    assert not plan.shards
+    assert found.expert_bytes == found.experts_ms == 0
+    assert found.gpu_expert_bytes == pytest.approx(shards.expert_bytes, rel=0.05)
+    assert found.attention_ms == pytest.approx(1e3 * (found.dense_bytes + found.gpu_expert_bytes) / 4e11)
+    assert found.context_tokens["f16"] < shards.context_tokens["f16"] + plan.gpu_expert_bytes

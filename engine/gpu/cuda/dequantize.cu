@@ -86,8 +86,9 @@ template <class F, class To> inline void unpack(const typename F::Tile& tile, in
     unpack_register<F, 1, 2>(tile, t, to), unpack_register<F, 1, 3>(tile, t, to);
 }
 
-// weights: tiles of rows first_group * 16 on; out: float16 [rows, cols], those rows. One thread a lane.
-template <class F> __global__ void dequantize(const uint8* weights, int64 first_group, int rows, int cols, int tiles, uint16* out) {
+// weights: tiles of rows first_group * 16 on; out: float16 [., cols], those rows; after each `part` rows as many are
+// left out there. One thread a lane.
+template <class F> __global__ void dequantize(const uint8* weights, int64 first_group, int rows, int cols, int tiles, uint16* out, int part) {
     int64 id = thread_id(), group = id / WARP / tiles;
     int lane = id % WARP, tile = id / WARP % tiles;
     if (group * TILE_ROWS >= rows) return;
@@ -98,7 +99,7 @@ template <class F> __global__ void dequantize(const uint8* weights, int64 first_
         col += tile * TILE_COLS;
         if (row < rows && col < cols) {
             uint2 four = {floats_to_half2(values[0], values[1]), floats_to_half2(values[2], values[3])};
-            *(uint2*)(out + row * cols + col) = four;
+            *(uint2*)(out + (row + row / part * part) * cols + col) = four;
         }
     });
 }
@@ -137,7 +138,7 @@ template <class F> __global__ void to_half(const uint8* x, int64 count, uint16* 
 #ifdef ALL_INSTANCES
 #define INSTANCES(F)                                                                        \
     template __global__ void repack<F>(const uint8*, int64, int, int, int, uint8*);         \
-    template __global__ void dequantize<F>(const uint8*, int64, int, int, int, uint16*);    \
+    template __global__ void dequantize<F>(const uint8*, int64, int, int, int, uint16*, int); \
     template __global__ void embed<F>(const uint8*, const int*, int, int, float*);
 INSTANCES(Q8_0) INSTANCES(Q4_0) INSTANCES(Q4_1) INSTANCES(Q5_0) INSTANCES(Q5_1) INSTANCES(Q2_K) INSTANCES(Q3_K)
 INSTANCES(Q4_K) INSTANCES(Q5_K) INSTANCES(Q6_K) INSTANCES(IQ4_NL) INSTANCES(IQ4_XS) INSTANCES(MXFP4)

@@ -159,8 +159,8 @@ inline void multiply_block(float (&acc)[NT][2], const typename F::Tile& tile, co
 // x: float32 [rows, cols], rows <= 4 NT. Each block takes groups of 16 weight rows, grid-wide in turns; its warps
 // share the columns out among themselves and add up in order. Shared memory: see Activations, then float32
 // [2][WARPS][rows][16].
-template <class F, int NT> __global__ void __launch_bounds__(THREADS, 1)
-gemv(const __grid_constant__ Products products, const float* x, int cols, int rows, int add) {
+template <class F, int NT>
+__forceinline__ void multiply_rows(const Products& products, const float* x, int cols, int rows, int add) {
     extern __shared__ __align__(16) uint8 shared[];
     int tiles = divide_up(cols, TILE_COLS), warp = warp_id(), lane = lane_id();
     int first = tiles * warp / WARPS, last = tiles * (warp + 1) / WARPS;
@@ -246,6 +246,38 @@ gemv(const __grid_constant__ Products products, const float* x, int cols, int ro
     }
 }
 
+template <class F, int NT> __global__ void __launch_bounds__(THREADS, 1)
+gemv(const __grid_constant__ Products products, const float* x, int cols, int rows, int add) {
+    multiply_rows<F, NT>(products, x, cols, rows, add);
+}
+
+// Up to two matrices of each of many experts, which follow one another `bytes` apart.
+struct Experts {
+    Product each[2];                                // of expert 0; out: [pairs, out_rows]
+    int64 bytes[2];
+    int64 count;
+};
+
+// The products of a (row, choice) pair's expert ids[pair] with row pair / per_row of x.
+inline Products choose(const Experts& experts, const int* ids, int pair) {
+    Products chosen = {};
+    chosen.count = experts.count;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const Product& of_first = experts.each[i];
+        chosen.each[i] = {of_first.weights + ids[pair] * experts.bytes[i], of_first.out + pair * of_first.out_rows,
+                          of_first.out_rows};
+    }
+    return chosen;
+}
+
+// Grid: blocks that share a pair's groups, pairs. A pair's result does not depend on either.
+template <class F> __global__ void __launch_bounds__(THREADS, 1)
+gemv_experts(const __grid_constant__ Experts experts, const int* ids, const float* x, int per_row, int cols) {
+    int pair = blockIdx.y;
+    multiply_rows<F, 1>(choose(experts, ids, pair), x + int64(pair / per_row) * cols, cols, 1, 0);
+}
+
 // --- matrices of floats ---------------------------------------------------------------------------
 
 constexpr int FLOAT_WARPS = 8, FLOAT_ROWS = 4;
@@ -270,8 +302,8 @@ template <int N, int STEP = 16> inline int sum_values(float* v) {
 
 // weights: F [out_rows, cols]; x: float32 [rows, cols], rows <= R; out: float32 [rows, out_rows]. A block takes
 // FLOAT_ROWS weight rows; its threads share the columns out.
-template <class F, int R> __global__ void __launch_bounds__(FLOAT_WARPS * WARP)
-gemv_floats(const uint8* weights, const float* x, int out_rows, int cols, int rows, float* out, int add) {
+template <class F, int R>
+__forceinline__ void multiply_floats(const uint8* weights, const float* x, int out_rows, int cols, int rows, float* out, int add) {
     constexpr int VECTOR = 16 / F::SIZE, SUMS = FLOAT_ROWS * R;
     __shared__ float partial[FLOAT_WARPS][SUMS];
     int64 first = int64(blockIdx.x) * FLOAT_ROWS;
@@ -316,10 +348,28 @@ gemv_floats(const uint8* weights, const float* x, int out_rows, int cols, int ro
     }
 }
 
+template <class F, int R> __global__ void __launch_bounds__(FLOAT_WARPS * WARP)
+gemv_floats(const uint8* weights, const float* x, int out_rows, int cols, int rows, float* out, int add) {
+    multiply_floats<F, R>(weights, x, out_rows, cols, rows, out, add);
+}
+
+// Grid: the blocks of the wider matrix, pairs, matrices.
+template <class F> __global__ void __launch_bounds__(FLOAT_WARPS * WARP)
+gemv_experts_floats(const __grid_constant__ Experts experts, const int* ids, const float* x, int per_row, int cols) {
+    int pair = blockIdx.y;
+    Product mine = choose(experts, ids, pair).each[blockIdx.z];
+    if (int64(blockIdx.x) * FLOAT_ROWS >= mine.out_rows) return;
+    multiply_floats<F, 1>(mine.weights, x + int64(pair / per_row) * cols, int(mine.out_rows), cols, 1, mine.out, 0);
+}
+
 #ifdef ALL_INSTANCES  // for the compiler: of every format, one number of rows is enough
-#define INSTANCES(F) template __global__ void gemv<F, 4>(const __grid_constant__ Products, const float*, int, int, int);
+#define INSTANCES(F)                                                                                            \
+    template __global__ void gemv<F, 4>(const __grid_constant__ Products, const float*, int, int, int);             \
+    template __global__ void gemv_experts<F>(const __grid_constant__ Experts, const int*, const float*, int, int);
 INSTANCES(Q8_0) INSTANCES(Q4_0) INSTANCES(Q4_1) INSTANCES(Q5_0) INSTANCES(Q5_1) INSTANCES(Q2_K) INSTANCES(Q3_K)
 INSTANCES(Q4_K) INSTANCES(Q5_K) INSTANCES(Q6_K) INSTANCES(IQ4_NL) INSTANCES(IQ4_XS) INSTANCES(MXFP4)
-#define FLOAT_INSTANCES(F, R) template __global__ void gemv_floats<F, R>(const uint8*, const float*, int, int, int, float*, int);
+#define FLOAT_INSTANCES(F, R)                                                                                   \
+    template __global__ void gemv_floats<F, R>(const uint8*, const float*, int, int, int, float*, int);             \
+    template __global__ void gemv_experts_floats<F>(const __grid_constant__ Experts, const int*, const float*, int, int);
 FLOAT_INSTANCES(F32, 8) FLOAT_INSTANCES(F16, 8) FLOAT_INSTANCES(BF16, 8)
 #endif

@@ -227,8 +227,8 @@ def test_a_worker_that_cannot_wake_anybody_finds_the_shards_awake(model: Path) -
         while sleepers[0] < 4:  # two threads a shard
             time.sleep(0.01)
         box.begin_step()
-        box.wake_shards()
-        assert sleepers[0] == 0
+        while sleepers[0]:  # one call gives up after a moment: threads may have no processor
+            box.wake_shards()
         time.sleep(0.1)
         assert sleepers[0] == 0, "they spin"
         box.end_step()

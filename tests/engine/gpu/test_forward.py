@@ -72,6 +72,27 @@ def test_every_format_of_experts_agrees_with_the_cpu(
         assert nmse(sequence_logits(forward, tokens, chunk=70), want) < 2e-3
 
 
+@pytest.mark.parametrize("qtype", WEIGHT_TYPES)
+@pytest.mark.parametrize("gpu_layers", [1, 2])
+@pytest.mark.parametrize("chunk", [1, 70])
+def test_experts_in_vram_agree_with_the_cpu(qtype: str, gpu_layers: int, chunk: int, tmp_path: Path) -> None:
+    path, tokens = make_model(tmp_path / "m.gguf", "qwen3moe", experts_type=qtype, **ALL_USED), TOKENS[:70]
+    with local_forward(path, shards=2) as cpu:
+        want = sequence_logits(cpu, tokens)
+    with local_forward(path, shards=2, gpu_layers=gpu_layers, make=GpuForward) as forward:
+        forward.stream_from = 17
+        assert nmse(sequence_logits(forward, tokens, chunk=chunk), want) < 2e-3
+
+
+@pytest.mark.parametrize("gpu_layers", [1, 2])
+def test_float_experts_in_vram_equal_the_float64_reference(gpu_layers: int, tmp_path: Path) -> None:
+    path, tokens = make_model(tmp_path / "m.gguf", "qwen3moe", n_experts=8, n_used=2, expert_ffn=160), TOKENS[:70]
+    with GgufFile.open(path) as gguf, local_forward(path, gpu_layers=gpu_layers, make=GpuForward) as forward:
+        want = reference_logits(gguf, tokens, np.float64)
+        for chunk in (1, 16):
+            assert nmse(sequence_logits(forward, tokens, chunk=chunk), want) < 1e-4
+
+
 @pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0"])
 def test_kv_types_over_page_ends(kind: str, tmp_path: Path) -> None:
     path = make_model(tmp_path / "m.gguf", "qwen3moe", **ALL_USED)
@@ -81,9 +102,10 @@ def test_kv_types_over_page_ends(kind: str, tmp_path: Path) -> None:
         assert nmse(found, reference_logits(gguf, TOKENS, np.float64)) < bound
 
 
-def test_a_row_is_the_same_bits_in_every_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gpu_layers", [0, 2])
+def test_a_row_is_the_same_bits_in_every_batch(gpu_layers: int, tmp_path: Path) -> None:
     path = make_model(tmp_path / "m.gguf", "qwen3moe", experts_type="Q4_K", attn_type="Q8_0")
-    with local_forward(path, slots=16, max_rows=96, make=GpuForward) as forward:
+    with local_forward(path, slots=16, max_rows=96, gpu_layers=gpu_layers, make=GpuForward) as forward:
         prompts = [TOKENS[i : i + 5 + i] for i in range(16)]
         alone = []
         for slot, prompt in enumerate(prompts):

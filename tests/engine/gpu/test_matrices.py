@@ -12,7 +12,7 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as QuantType
 
 from numoe.engine.gguf import GgufFile
-from numoe.engine.gpu.matrices import GEMV_ROWS, TILE_FORMATS, GpuMatrix, Workspace, multiply_all
+from numoe.engine.gpu.matrices import GEMV_ROWS, TILE_FORMATS, GpuMatrix, Workspace, multiply_all, multiply_chosen
 from numoe.engine.gpu.staging import Staging
 from numoe.engine.progress import Progress
 from tests.models import FLOAT_TYPES, QUANTIZED_TYPES, WEIGHT_TYPES, TinyModel, Weights
@@ -151,6 +151,30 @@ def test_several_matrices_at_once(rows: int, load: Load) -> None:
         matrix.multiply(x, out, rows)
     for a, b in zip(together, alone, strict=True):
         assert np.array_equal(a.get(), b.get())
+
+
+@gpu
+@pytest.mark.parametrize("qtype", WEIGHT_TYPES)
+@pytest.mark.parametrize(("pairs", "per_row"), [(1, 1), (6, 2), (128, 8)])
+def test_products_with_the_expert_of_each_pair(qtype: str, pairs: int, per_row: int, load: Load) -> None:
+    """The same bits as that expert's matrix alone."""
+    import cupy
+
+    experts, cols = 4, 2 * max(32, GGML_QUANT_SIZES[QuantType[qtype]][0])
+    generator = np.random.default_rng(1)
+    ids = generator.integers(0, experts, pairs).astype(np.int32)
+    x = cupy.asarray(generator.standard_normal((-(-pairs // per_row), cols)).astype(np.float32))
+    chosen = []
+    for rows in (48, 32):
+        matrix, _ = load(qtype, experts * rows, cols)
+        whole, out = cupy.empty((len(x), matrix.out_rows), np.float32), cupy.empty((pairs, rows), np.float32)
+        for row in range(len(x)):
+            matrix.multiply(x[row : row + 1], whole[row : row + 1], 1)
+        want = [whole[p // per_row].reshape(experts, rows)[ids[p]].get() for p in range(pairs)]
+        chosen.append((matrix, out, want))
+    multiply_chosen([(m, out) for m, out, _ in chosen], experts, cupy.asarray(ids), x, pairs, per_row)
+    for _, out, want in chosen:
+        np.testing.assert_array_equal(out.get(), want)
 
 
 @gpu

@@ -12,7 +12,7 @@ import numpy as np
 
 from numoe.engine import shm
 from numoe.engine.experts.mailbox import Mailbox, MailboxLayout
-from numoe.engine.experts.shard import ExpertShard, ShardSlice
+from numoe.engine.experts.shard import ExpertShard, ShardSlice, expert_layers
 from numoe.engine.gguf import GgufFile
 from numoe.engine.kv.pages import pages_for
 from numoe.engine.models.config import ModelConfig
@@ -30,7 +30,7 @@ Made = TypeVar("Made", bound=Forward)
 def local_forward(
     path: Path, *, shards: int = 1, threads: int = 2, max_rows: int = 96, slots: int = 8, context: int = 512,
     absent: Collection[int] = (), late: list[ExpertShard] | None = None, bound_s: float = 30.0, kv_type: KvType = F16,
-    n_pages: int | None = None,
+    n_pages: int | None = None, gpu_layers: int = 0,
     make: Callable[[ModelConfig, GgufFile, Mailbox | None, ForwardOptions, Progress], Made] = CpuForward,
 ) -> Iterator[Made]:  # fmt: skip
     """A forward pass over the model at `path`; shards in `absent` are not started but added to `late`."""
@@ -38,11 +38,11 @@ def local_forward(
     gguf = GgufFile.open(path)
     config, running, mailbox = ModelConfig.from_gguf(gguf), [], None
     try:
-        if config.moe is not None:
+        if config.moe is not None and gpu_layers < len(expert_layers(config, gguf)):
             layout = MailboxLayout(shards, max_rows, config.moe.n_used, config.hidden)
             mailbox = Mailbox.create(str(folder / "mailbox"), layout)
             for index in range(shards):
-                cut = ShardSlice(index, shards)
+                cut = ShardSlice(index, shards, gpu_layers)
                 shard = ExpertShard(config, gguf, mailbox, cut, folder=folder, threads=threads, threads_on_host=99)
                 shard.load()
                 running.append(shard)
@@ -52,7 +52,7 @@ def local_forward(
                     late.append(shard)
         options = ForwardOptions(
             max_rows=max_rows, slots=slots, n_pages=n_pages or slots * pages_for(context), context=context,
-            threads=threads, threads_on_host=99, shard_bound_s=bound_s, kv_type=kv_type,
+            threads=threads, threads_on_host=99, shard_bound_s=bound_s, kv_type=kv_type, gpu_layers=gpu_layers,
         )  # fmt: skip
         forward = make(config, gguf, mailbox, options, Progress(1))
         forward.attach_experts(folder)
