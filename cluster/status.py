@@ -6,6 +6,11 @@ from typing import Literal
 
 import msgspec
 
+SAVE_S = 60.0
+"""Seconds in which a worker that stops may write its conversations to the store."""
+TAKE_DOWN_S = SAVE_S + 30.0
+"""Seconds that a server may take to end, after those of its running requests."""
+
 ActorRole = Literal["gateway", "attention", "expert", "supervisor"]
 ActorState = Literal["starting", "running", "restarting", "draining", "dead"]
 

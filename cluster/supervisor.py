@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from numoe.cluster.endpoint import Endpoint
 from numoe.cluster.plan import Plan
-from numoe.cluster.status import ActorInfo, ActorRole, ActorState, LoadProgress
+from numoe.cluster.status import SAVE_S, ActorInfo, ActorRole, ActorState, LoadProgress
 from numoe.engine import shm
 from numoe.engine.errors import NumoeError, ResourceError, UnavailableError
 from numoe.engine.weights import CachedPages, WeightSlice, free_weights, hold_weights, is_loaded, sweep_incomplete
@@ -33,7 +33,6 @@ NAMESPACE = "numoe"
 _PLACEMENT_TIMEOUT_S = 30.0
 _CALL_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 10.0
-_SAVE_S = 60.0  # in which a worker may write its conversations to the store
 _EXIT_TIMEOUT_S = 5.0
 _SMALL_CPUS = 0.1  # what Ray books for an actor that computes little, or alternates with others
 
@@ -261,7 +260,7 @@ class Supervisor:
                 if member.role == "gateway":
                     ray.get(member.handle.stop.remote(message), timeout=_CALL_TIMEOUT_S)
                 elif member.role == "attention" and member.state != "starting":
-                    ray.get(member.handle.stop.remote(_SAVE_S), timeout=_SAVE_S + _CALL_TIMEOUT_S)
+                    ray.get(member.handle.stop.remote(SAVE_S), timeout=SAVE_S + _CALL_TIMEOUT_S)
         pending = [m.run for m in self._members if m.run is not None and m.state != "dead"]
         if pending:
             ray.wait(pending, num_returns=len(pending), timeout=_STOP_TIMEOUT_S)

@@ -22,7 +22,7 @@ from numoe.actors.expert import ExpertActor
 from numoe.actors.gateway.actor import GatewayActor
 from numoe.cluster.endpoint import Endpoint
 from numoe.cluster.plan import Plan
-from numoe.cluster.status import LoadProgress
+from numoe.cluster.status import TAKE_DOWN_S, LoadProgress
 from numoe.cluster.supervisor import NAMESPACE, ActorClasses, Supervisor
 from numoe.deploy.raylets import PRIVATE_TEMP, find_raylets
 from numoe.deploy.signals import StopSignals, uninterrupted
@@ -161,7 +161,7 @@ class Server:
         try:
             ended = self.supervisor.wait.remote()
             ray.get(self.supervisor.shutdown.remote(drain_s))
-            ray.wait([ended], timeout=drain_s + 30.0)
+            ray.wait([ended], timeout=drain_s + TAKE_DOWN_S)
             ray.kill(self.supervisor)
         except RayError:
             pass

@@ -47,7 +47,8 @@ class Caching:
     slot_save_path
         A folder; the same as --store, for users of llama-server. What llama-server has saved there cannot be read.
     prompt_cache
-        A file: slot 0 begins with the state in it, if it is there, and the state of its prompt is written into it.
+        A file: slot 0 begins with the state in it, if there is one, and the state of slot 0's prompt is written into
+        it when the server stops.
     prompt_cache_all
         Write the generated tokens' state into that file too.
     keep

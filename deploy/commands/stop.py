@@ -11,13 +11,12 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from numoe.cluster.status import TAKE_DOWN_S
 from numoe.deploy.client import POLL_S, Client
 from numoe.deploy.commands.security import DEFAULT, Connection
 from numoe.deploy.console import INTERRUPTED, one_line_errors
 from numoe.engine.errors import UnavailableError
 from numoe.v1 import admin_pb2
-
-CLEANUP_S = 30.0  # what the processes get after the last request
 
 
 def stop(
@@ -44,7 +43,7 @@ def stop(
         if running:
             print(f"waiting up to {timeout:g} s for {running} running requests (Ctrl-C leaves them be)")
         try:
-            wait_stopped(client, pids, max(0.0, timeout) + CLEANUP_S)
+            wait_stopped(client, pids, max(0.0, timeout) + TAKE_DOWN_S)
         except KeyboardInterrupt:
             return INTERRUPTED
     print(f"stopped {client.address}")

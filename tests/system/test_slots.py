@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -177,10 +178,16 @@ def test_a_busy_slot_is_refused_or_waited_for(kept: tuple[ServeProcess, Client, 
     impatient = numoe("slots", "save", 0, "chat", "--wait", 0.2, "--address", server.address)
     assert (impatient.returncode, "slot 0" in impatient.stderr) == (1, True)
     waiting = client.generation.Generate(_waiting(60_000))
+    left = slots_pb2.SaveSlotRequest(slot=0, name="left")
+    left.wait.FromSeconds(60)
+    leaving = client.slots.SaveSlot(left)
+    time.sleep(0.3)
+    leaving.cancel()
     stream.close()  # type: ignore[attr-defined]
     assert next(waiting).started.prompt_tokens == len(OTHER)
     waiting.cancel()
     assert slots(server, "save", 0, "chat", "--wait", 30)["tokens"] >= len(OTHER)
+    assert [entry.name for entry in client.list_snapshots()] == ["chat"]
 
 
 def test_slots_are_forked_and_erased(kept: tuple[ServeProcess, Client, Store]) -> None:
