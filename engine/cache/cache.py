@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -10,9 +11,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Protocol
 
+from numoe.engine.cache.health import OUTAGES
+from numoe.engine.cache.lineage import Lineage
 from numoe.engine.cache.ram import RamTier
-from numoe.engine.cache.store_tier import OUTAGES, StoreTier
-from numoe.engine.errors import DataLossError, NotFoundError, NumoeError, PreconditionError
+from numoe.engine.cache.store_tier import StoreTier
+from numoe.engine.errors import DataLossError, NotFoundError, NumoeError, PreconditionError, UnavailableError
 from numoe.engine.kv.pages import PAGE_TOKENS
 from numoe.engine.requests import CacheStatus
 from numoe.engine.store.chunks import build_chunk, decode_chunk
@@ -40,20 +43,25 @@ class PageBroker(Protocol):
     def saved(self, key: bytes) -> None:
         """What is published under `key` need not be kept in its page for this cache's sake."""
 
+    def in_slot(self, key: bytes) -> bool:
+        """Whether a slot's conversation has this chunk."""
+
 
 class PromptCache:
     """Host memory, and behind it the store, None without one; every method may be called from any thread.
 
-    readers: threads that read chunks. Two threads more work in the background: one copies published
-    pages to host memory, one writes what is there to the store. Neither holds up a step: what finds
-    no room is dropped and counted.
+    readers, writers: threads that read chunks, and that write those that somebody waits for. Two more
+    work in the background: one copies published pages to host memory, one writes what is there to the
+    store. Neither holds up a step: what finds no room is dropped and counted, unless a slot needs it.
     """
 
     def __init__(
-        self, pages: PagePort, broker: PageBroker, readers: Executor, ram: RamTier, tier: StoreTier | None
-    ) -> None:
-        self.pages, self.readers, self.ram, self.tier = pages, readers, ram, tier
+        self, pages: PagePort, broker: PageBroker, readers: Executor, writers: Executor, ram: RamTier,
+        tier: StoreTier | None,
+    ) -> None:  # fmt: skip
+        self.pages, self.readers, self.writers, self.ram, self.tier = pages, readers, writers, ram, tier
         self._broker = broker
+        self._lineage = Lineage()
         self._changed = threading.Condition()
         self._exports: deque[bytes] = deque()
         self._writes: deque[bytes] = deque()
@@ -78,16 +86,22 @@ class PromptCache:
             if key not in self.ram and not (self.tier and self.tier.has(key)):
                 break
             found += 1
-        self.ram.touch(list(keys[:found]))
-        if self.tier is not None:
-            self.tier.touch(keys[:found])
+        self.use(keys)
         return found
 
-    def read(self, key: bytes, tokens: int, *, repair: bool = False) -> Layers:
+    def use(self, keys: Sequence[bytes]) -> None:
+        """Count a conversation's chunks, from the first on, as used now."""
+        self._lineage.note(keys)
+        self.ram.touch(keys)
+        if self.tier is not None:
+            self.tier.touch(keys)
+
+    def read(self, key: bytes, tokens: int, *, patient: bool = True) -> Layers:
         """The layers' canonical bytes of a chunk of `tokens` tokens, verified.
 
-        repair: remove what is damaged, so that it can be written anew. Raises NotFoundError,
-        DataLossError, which names the chunk, and what the store raises.
+        What is damaged in the store is removed, so that it can be written anew. patient: ask a store, too,
+        that is left alone for a while. Raises NotFoundError, DataLossError, which names the chunk, and
+        what the store raises.
         """
         shape = self.pages.shape(tokens)
         if (data := self.ram.get(key)) is not None:
@@ -95,16 +109,27 @@ class PromptCache:
             return decode_chunk(data, key, shape), 0
         if self.tier is None:
             raise NotFoundError(f"KV chunk {key.hex()} is in no cache; it is computed again")
+        if not patient and self.tier.reading.seconds_to_wait:
+            raise UnavailableError(self.tier.reading.error)
         data = self.tier.read(key)
         try:
             layers = decode_chunk(data, key, shape)
-        except DataLossError:
-            if repair:
+        except DataLossError:  # on the way here, or there?
+            data = self.tier.read(key)
+            try:
+                layers = decode_chunk(data, key, shape)
+            except DataLossError:
                 self.tier.remove(key)
-            raise
+                raise
         self._hits["store"] += 1
-        self.ram.put(key, data, waits=False)
+        self._keep(key, data, waits=False)
         return layers, data.nbytes
+
+    def _keep(self, key: bytes, data: Buffer, *, waits: bool) -> bool:
+        """Put a chunk into host memory, older than those in front of it; whether there was room."""
+        kept = self.ram.put(key, data, waits=waits)
+        self.ram.touch(self._lineage.chain(key))
+        return kept
 
     def load(self, load: Load) -> tuple[int, bool]:
         """Bring what a load names into its pages: how many of its chunks came, and whether the tail did."""
@@ -114,9 +139,10 @@ class PromptCache:
             if load.cancelled or failed.is_set():
                 return False
             try:
-                self.pages.import_page(page, self.read(key, tokens, repair=True)[0], tokens)
-            except NumoeError as error:
-                logger.info("a chunk is computed again: %s", error)
+                self.pages.import_page(page, self.read(key, tokens, patient=False)[0], tokens)
+            except Exception as error:  # all must have ended when this returns: they write to pages
+                level = logging.INFO if isinstance(error, NumoeError) else logging.ERROR
+                logger.log(level, "chunk %s is computed again: %s", key.hex(), error, exc_info=level == logging.ERROR)
                 self._misses += 1
                 failed.set()
                 return False
@@ -135,8 +161,12 @@ class PromptCache:
 
     # --- saving -----------------------------------------------------------------------------------
 
-    def save_soon(self, keys: Sequence[bytes], *, first: bool = False) -> None:
-        """Save published pages in the background; first: before others, as somebody waits for the pages."""
+    def save_soon(self, keys: Sequence[bytes], chain: Sequence[bytes] = (), *, first: bool = False) -> None:
+        """Save published pages in the background.
+
+        chain: all chunks of their prompt, from its first on. first: before others, as somebody waits for the pages.
+        """
+        self._lineage.note(chain)
         with self._changed:
             waiting = set(self._exports)
             for key in keys:
@@ -156,20 +186,25 @@ class PromptCache:
         finally:
             self._broker.give_back(page)
 
-    def store_now(self, key: bytes) -> int | None:
-        """Write a chunk to the store unless it is there; bytes written, None if nobody has it any more.
+    def store_now(self, key: bytes, nbytes: int) -> int | None:
+        """Write a chunk of `nbytes` bytes to the store unless it is there.
 
-        Raises what the store raises.
+        Gives the bytes written, None if nobody has the chunk any more. Raises what the store raises.
         """
         if self.tier is None:
             raise PreconditionError("this server has no store: start it with --store URL")
-        if self.tier.exists(key):
+        if self.tier.exists(key, nbytes):
             return 0
         if (data := self.encode(key)) is None:
             return None
-        written = memoryview(data).nbytes if self.tier.write(key, data) else 0
+        return self._store(key, data)
+
+    def _store(self, key: bytes, data: Buffer) -> int:
+        assert self.tier is not None
+        new = self.tier.write(key, data)
+        self.tier.touch(self._lineage.chain(key))
         self.ram.written(key)
-        return written
+        return memoryview(data).nbytes if new else 0
 
     def flush(self, deadline: float) -> bool:
         """Wait until nothing is left to be saved, at most until `time.monotonic()` is `deadline`; whether it is so."""
@@ -218,13 +253,13 @@ class PromptCache:
 
     def _export_page(self, key: bytes) -> None:
         try:
-            if key in self.ram or (self.tier is not None and self.tier.has(key)):
+            if key in self.ram or (self.tier is not None and self.tier.knows(key)):
                 return
             data = self.encode(key)
             if data is None:
                 return
-            if not self.ram.put(key, data, waits=self.tier is not None):
-                self._dropped += 1
+            if not self._keep(key, data, waits=self.tier is not None):
+                self._without_room(key, data)
             elif self.tier is not None:
                 with self._changed:
                     self._writes.append(key)
@@ -232,26 +267,38 @@ class PromptCache:
         finally:
             self._broker.saved(key)
 
+    def _without_room(self, key: bytes, data: Buffer) -> None:
+        """Host memory is full of what waits for the store: write what a slot needs past it, drop other chunks."""
+        if self.tier is not None and not self.tier.writing.seconds_to_wait and self._broker.in_slot(key):
+            with contextlib.suppress(*OUTAGES):
+                self._store(key, data)
+                return
+        self._dropped += 1
+
     def _write_chunks(self) -> None:
         self._work(self._writes, self._write_chunk)
 
     def _write_chunk(self, key: bytes) -> None:
         assert self.tier is not None
         with self._changed:
-            while not self._closed and (pause := self.tier.seconds_to_wait):
+            while not self._closed and (pause := self.tier.writing.seconds_to_wait):
                 self._changed.wait(pause)
             if self._closed:
                 return
         if (data := self.ram.get(key)) is None:
             return
         try:
-            self.tier.write(key, data)
+            if self.tier.exists(key, data.nbytes):
+                self.ram.written(key)
+            else:
+                self._store(key, data)
         except OUTAGES as error:
             logger.info("chunk %s is written later: %s", key.hex(), error)
             with self._changed:
                 self._writes.appendleft(key)
-        else:
-            self.ram.written(key)
+        except BaseException:
+            self.ram.written(key)  # it cannot be written: it need not wait
+            raise
 
     def _work(self, queue: deque[bytes], do: Callable[[bytes], None]) -> None:
         """Do the work of a queue until `close`."""

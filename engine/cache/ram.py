@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ class RamTier:
     """Encoded chunks (`store/chunks.py`) by key, at most `limit` bytes (None: no limit); thread-safe.
 
     Chunks that wait to be written to the store are not dropped. reserve: bytes of those that may be
-    here however small the limit is, or nothing could be written at all.
+    here however small the limit is, or nothing could be written at all. What `touch` named last goes last.
     """
 
     def __init__(self, limit: int | None, reserve: int = 0) -> None:
@@ -47,25 +48,22 @@ class RamTier:
         with self._lock:
             if (entry := self._entries.get(key)) is not None:
                 entry.waits = entry.waits or waits
-                self._entries.move_to_end(key)
                 return True
             if self.limit is not None:
                 bound = max(self.limit, self._reserve) if waits else self.limit
-                self._drop_until(bound - view.nbytes)
                 if self._bytes + view.nbytes > bound:
-                    return False
+                    if self._waiting + view.nbytes > bound:
+                        return False
+                    self._drop_until(bound - view.nbytes)
             self._entries[key] = _Entry(view, waits)
             self._bytes += view.nbytes
             return True
 
     def get(self, key: bytes) -> memoryview | None:
-        """A chunk, or None; it counts as used now."""
+        """A chunk, or None."""
         with self._lock:
             entry = self._entries.get(key)
-            if entry is None:
-                return None
-            self._entries.move_to_end(key)
-            return entry.data
+            return None if entry is None else entry.data
 
     def written(self, key: bytes) -> None:
         """Note that a chunk need not wait any more."""
@@ -75,18 +73,17 @@ class RamTier:
                 if self.limit is not None:
                     self._drop_until(self.limit)
 
-    def drop(self, key: bytes) -> None:
-        """Forget a chunk."""
-        with self._lock:
-            if (entry := self._entries.pop(key, None)) is not None:
-                self._bytes -= entry.data.nbytes
-
-    def touch(self, keys: list[bytes]) -> None:
+    def touch(self, keys: Sequence[bytes]) -> None:
         """Count the chunks of a prompt as used, its beginning last: the tail is of no use without it."""
         with self._lock:
             for key in reversed(keys):
                 if key in self._entries:
                     self._entries.move_to_end(key)
+
+    @property
+    def _waiting(self) -> int:
+        """Bytes that cannot be dropped."""
+        return sum(entry.data.nbytes for entry in self._entries.values() if entry.waits)
 
     def _drop_until(self, target: int) -> None:
         while self._bytes > target:

@@ -17,7 +17,14 @@ from blake3 import blake3
 
 from numoe.engine.cache.cache import PromptCache
 from numoe.engine.cache.store_tier import StoreTier
-from numoe.engine.errors import NotFoundError, NumoeError, PreconditionError
+from numoe.engine.errors import (
+    DataLossError,
+    NotFoundError,
+    NumoeError,
+    PreconditionError,
+    ResourceError,
+    UnsupportedError,
+)
 from numoe.engine.kv.pages import PAGE_TOKENS
 from numoe.engine.kv.prefix import ChunkKeys
 from numoe.engine.requests import SnapshotInfo
@@ -89,7 +96,6 @@ class Snapshots:
 
     def __init__(self, cache: PromptCache, origin: Origin) -> None:
         self.cache, self.origin = cache, origin
-        self._read: dict[tuple[str, float, int], Manifest] = {}
         if cache.tier is not None:
             cache.tier.pinned = self.pinned_keys
 
@@ -137,8 +143,11 @@ class Snapshots:
         self._tier.store.delete(path)
 
     def pinned_keys(self) -> set[bytes]:
-        """Chunks that snapshots need."""
-        return {key for _, manifest in self._manifests(SNAPSHOTS) for key in manifest.keys}
+        """Chunks that snapshots need, those of other models too; raises if any snapshot cannot be read."""
+        try:
+            return {key for manifest in self._manifests(SNAPSHOTS, DataLossError) for key in manifest.keys}
+        except UnsupportedError as error:
+            raise ResourceError(f"no room can be made in the store: {error}") from error
 
     # --- conversations without a slot -------------------------------------------------------------
 
@@ -159,7 +168,7 @@ class Snapshots:
         """Conversations of this model that lost their slot, the last one first."""
         found = [
             conversation_of(manifest, resumable=manifest.name)
-            for _, manifest in self._manifests(RESUMABLE)
+            for manifest in self._manifests(RESUMABLE, DataLossError, UnsupportedError)
             if manifest.origin == self.origin
         ]
         return sorted(found, key=lambda conversation: -conversation.last_used)
@@ -172,51 +181,48 @@ class Snapshots:
         shape = self.cache.pages.shape
         sizes = [shape(len(conversation.chunk(n))).object_bytes for n in range(len(conversation.all_keys))]
         progress.begin(sizes)
-        lost = self._write_chunks(conversation.all_keys, sizes, progress)
-        if lost is not None:  # nobody has it any more: what follows is computed again after a restore
-            conversation = shortened(conversation, lost * PAGE_TOKENS)
-        manifest = Manifest.of(
-            name, self.origin, conversation.tokens, computed=conversation.computed, salt=conversation.salt,
-            sampling=conversation.sampling, chunk_bytes=sum(sizes[:lost]), created=time.time(),
-            prompt_tokens=conversation.prompt_tokens,
-        )  # fmt: skip
-        progress.check()
-        with self._tier.keeping():
-            keys = conversation.all_keys
-            for key, there in zip(keys, self.cache.readers.map(self._tier.exists, keys), strict=True):
-                if not there:  # another server made room
-                    raise PreconditionError(f"chunk {key.hex()} was removed while {name} was saved; save it again")
+        keys = conversation.all_keys
+        self.cache.use(keys)
+        self._write_chunks(keys, sizes, progress)
+        with self._tier.claims.needing(keys, progress.check):
+            # Only now nobody removes them any more: what is gone since is written again.
+            lost = self._write_chunks(keys, sizes, progress, again=True)
+            if lost is not None:  # nobody has it any more: what follows is computed again after a restore
+                conversation = shortened(conversation, lost * PAGE_TOKENS)
+            manifest = Manifest.of(
+                name, self.origin, conversation.tokens, computed=conversation.computed, salt=conversation.salt,
+                sampling=conversation.sampling, chunk_bytes=sum(sizes[:lost]), created=time.time(),
+                prompt_tokens=conversation.prompt_tokens,
+            )  # fmt: skip
+            progress.check()
             commit(encode_manifest(manifest))
         return manifest
 
-    def _write_chunks(self, keys: Sequence[bytes], sizes: Sequence[int], progress: Progress) -> int | None:
+    def _write_chunks(
+        self, keys: Sequence[bytes], sizes: Sequence[int], progress: Progress, *, again: bool = False
+    ) -> int | None:
         """Write what is missing; the number of the first chunk that nobody has any more, None if there is none."""
 
         def write(key: bytes, nbytes: int) -> bool:
             progress.check()
-            written = self.cache.store_now(key)
-            if written is None:
-                return False
-            progress.add(nbytes, written)
-            return True
+            written = self.cache.store_now(key, nbytes)
+            if written is not None and not again:
+                progress.add(nbytes, written)
+            return written is not None
 
-        there = list(self.cache.readers.map(write, keys, sizes))
+        there = list(self.cache.writers.map(write, keys, sizes))
         return next((number for number, good in enumerate(there) if not good), None)
 
-    def _manifests(self, folder: str) -> Iterator[tuple[Entry, Manifest]]:
-        """The readable manifests of a folder; each is read once as long as it stays the same."""
+    def _manifests(self, folder: str, *passed_over: type[NumoeError]) -> Iterator[Manifest]:
+        """The manifests of a folder, but for those that cannot be read for one of these reasons."""
         for entry in self._tier.store.list(folder):
-            name = (entry.key, entry.modified, entry.size)
-            if name not in self._read:
-                try:
-                    short = entry.key.rsplit("/", 1)[-1]
-                    self._read[name] = decode_manifest(self._tier.store.get(entry.key), short)
-                except NotFoundError:
-                    continue
-                except NumoeError as error:
-                    logger.warning("%s", error)
-                    continue
-            yield entry, self._read[name]
+            name = entry.key.rsplit("/", 1)[-1]
+            try:
+                yield decode_manifest(self._tier.store.get(entry.key), name)
+            except NotFoundError:
+                continue
+            except passed_over as error:
+                logger.warning("%s", error)
 
     def _info(self, entry: Entry) -> SnapshotInfo:
         name = entry.key.rsplit("/", 1)[-1]

@@ -40,6 +40,7 @@ class PageAllocator:
         self._partial: dict[bytes, int] = {}  # tokens of published pages that are not full
         self._saves = saves
         self._unsaved: set[int] = set()
+        self._read: Counter[int] = Counter()
 
     @property
     def n_pages(self) -> int:
@@ -57,14 +58,19 @@ class PageAllocator:
         return len(self._idle)
 
     @property
-    def n_unsaved(self) -> int:
-        """Published pages that nobody holds and that cannot be taken before they are saved."""
-        return len(self._unsaved & self._idle.keys())
+    def n_busy(self) -> int:
+        """Published pages that nobody holds and that cannot be taken yet: they are to be saved, or are read."""
+        return len((self._unsaved | self._read.keys()) & self._idle.keys())
 
     @property
     def n_available(self) -> int:
         """Pages that `allocate` can give."""
-        return self.n_free - self.n_unsaved
+        return self.n_free - self.n_busy
+
+    def available_beside(self, keys: Sequence[bytes]) -> int:
+        """Pages that `allocate` can give when those published under `keys` are adopted."""
+        idle = {page for key in keys if (page := self._pages_of.get(key)) in self._idle}
+        return self.n_available - len(idle - self._unsaved - self._read.keys())
 
     @property
     def n_used(self) -> int:
@@ -91,7 +97,7 @@ class PageAllocator:
         return pages
 
     def _evict(self) -> int:
-        page = next(page for page in self._idle if page not in self._unsaved)
+        page = next(page for page in self._idle if page not in self._unsaved and page not in self._read)
         key = self._keys.pop(page)
         del self._idle[page], self._pages_of[key]
         self._partial.pop(key, None)
@@ -130,6 +136,17 @@ class PageAllocator:
         """The keys of pages that nobody holds and that wait to be saved."""
         return [self._keys[page] for page in self._idle if page in self._unsaved]
 
+    def begin_read(self, key: bytes) -> int | None:
+        """The page published under `key`; it stays so until `end_read`, and does not count as used for that."""
+        if (page := self._pages_of.get(key)) is not None:
+            self._read[page] += 1
+        return page
+
+    def end_read(self, pages: Iterable[int]) -> None:
+        """Let others have pages that were read."""
+        self._read.subtract(pages)
+        self._read = +self._read
+
     def __contains__(self, key: bytes) -> bool:
         return key in self._pages_of
 
@@ -163,8 +180,8 @@ class PageAllocator:
     def check_integrity(self) -> None:
         """Raise RuntimeError unless every page is either free once or held, and published ones are found."""
         unheld = [*self._free, *self._idle]
-        if not self._unsaved <= self._keys.keys():
-            raise RuntimeError("a KV page that is not published waits to be saved")
+        if not self._unsaved | self._read.keys() <= self._keys.keys():
+            raise RuntimeError("a KV page that is not published waits to be saved, or is read")
         if len(set(unheld)) != len(unheld):
             raise RuntimeError("a KV page is on the free list twice")
         published = {page: key for key, page in self._pages_of.items()}

@@ -74,6 +74,14 @@ class Conversation:
         return 0 < n <= len(tokens) and bool(np.array_equal(self.tokens[:n], np.asarray(tokens[:n], np.int32)))
 
 
+@dataclass(frozen=True, eq=False)
+class Parked:
+    """A conversation that lost its slot; `pages` hold it, and stay so until it is kept elsewhere."""
+
+    conversation: Conversation
+    pages: tuple[int, ...]
+
+
 class TailIndex:
     """The last, partial chunks of conversations, by the key of the chunk in front; the oldest are forgotten."""
 

@@ -1,14 +1,16 @@
 """The ledger of the KV pages: who holds which, what is on its way, and what can come back.
 
 Between the scheduler and the prompt cache. Whoever runs them asks the cache how much it has for each
-of `drain_lookups` and answers with `looked_up`; brings what `drain_loads` lists into the pages and
-answers through `Scheduler.loaded`; saves what `drain_published` lists and says `saved`; and hands on
-conversations that lost their slot (`drain_parked`) or went on (`drain_superseded`).
+of `drain_lookups` and answers with `looked_up`, soon or the prompt begins without it; brings what
+`drain_loads` lists into the pages and answers through `Scheduler.loaded`; saves what `drain_published`
+lists and says `saved`; keeps conversations that lost their slot (`drain_parked`) and says `end_read`;
+and hands on those that went on (`drain_superseded`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
@@ -17,7 +19,7 @@ import numpy as np
 
 from numoe.engine.errors import ResourceError
 from numoe.engine.kv.pages import PAGE_TOKENS, PageAllocator
-from numoe.engine.scheduler.conversation import Conversation, TailIndex
+from numoe.engine.scheduler.conversation import Conversation, Parked, TailIndex
 from numoe.engine.scheduler.load import Load, Tail
 from numoe.engine.scheduler.sequence import Sequence
 from numoe.engine.scheduler.slots import Slots
@@ -38,8 +40,8 @@ class Ledger:
         self._loading: dict[Load, Sequence] = {}
         self._lookups: list[Sequence] = []
         self._loads: list[Load] = []
-        self._published: list[bytes] = []
-        self._parked: list[Conversation] = []
+        self._published: list[tuple[Seq[bytes], Seq[bytes]]] = []
+        self._parked: list[Parked] = []
         self._superseded: list[str] = []
 
     # --- pages of a sequence ---------------------------------------------------------------------------
@@ -48,10 +50,10 @@ class Ledger:
         """The chunk key before the first token."""
         return root_key(self._config.fingerprint, self._config.kv_type, salt)
 
-    def look_up(self, sequence: Sequence) -> None:
+    def look_up(self, sequence: Sequence, now: float) -> None:
         """Have the prompt cache asked how much it has of the tokens."""
         if self._config.caches and sequence.keys is not None and len(sequence.tokens) > 1:
-            sequence.loadable = None
+            sequence.loadable, sequence.asked = None, now
             self._lookups.append(sequence)
 
     def adopt(self, sequence: Sequence) -> None:
@@ -72,6 +74,15 @@ class Ledger:
         if taken or tail is not None:
             pages = sequence.table.pages[first : first + len(taken)]
             self._begin_load(sequence, Load(first, tuple(taken), tuple(pages), tail))
+
+    def pages_come(self, sequence: Sequence) -> bool:
+        """Whether more of what is cached of a sequence can be loaded when pages that are saved come free."""
+        if sequence.keys is None or not self.allocator.n_busy:
+            return False
+        keys = sequence.keys.of(sequence.tokens, (len(sequence.tokens) - 1) // PAGE_TOKENS)
+        there = list(itertools.takewhile(lambda key: key in self.allocator, keys))
+        wanted = max(0, (sequence.loadable or 0) - len(there)) + 1
+        return wanted > self.allocator.available_beside(there)
 
     def _tail(self, sequence: Sequence, usable: int) -> Tail | None:
         """The chunk that agrees longest with the tokens behind those of the pages, its page allocated and held."""
@@ -128,7 +139,7 @@ class Ledger:
             for number in range(before, full):
                 sequence.table.publish(number, keys[number])
             if self._config.caches:
-                self._published += keys[before:full]
+                self._published.append((keys[before:full], keys))
 
     # --- conversations ---------------------------------------------------------------------------------
 
@@ -150,6 +161,8 @@ class Ledger:
             self._superseded += [held.resumable] if held.resumable else []
         self._slots.conversations[slot] = kept
         self._tails.add(kept)
+        if self._config.caches:
+            self._published.append(((), kept.all_keys))
 
     def replace_conversation(self, slot: int, conversation: Conversation | None) -> None:
         """Give a slot another conversation, or none; the one it had is parked: it can still come back."""
@@ -157,8 +170,9 @@ class Ledger:
         self._slots.conversations[slot] = conversation
         if conversation is not None:
             self._tails.add(conversation)
-        if held is not None and not any(held is other for other in self._slots.conversations):
-            self._parked.append(held)
+        if self._config.caches and held is not None and not any(held is other for other in self._slots.conversations):
+            pages = [page for key in held.all_keys if (page := self.begin_read(key)) is not None]
+            self._parked.append(Parked(held, tuple(pages)))
 
     def forget_conversation(self, slot: int) -> None:
         """Empty a slot for good."""
@@ -191,9 +205,13 @@ class Ledger:
     @property
     def waits_for_cache(self) -> bool:
         """Whether pages come free when what is being saved or loaded is done with."""
-        return self.allocator.n_unsaved > 0 or any(
+        return self.allocator.n_busy > 0 or any(
             self.allocator.references(page) == times for page, times in self._borrowed.items()
         )
+
+    def in_slot(self, key: bytes) -> bool:
+        """Whether a conversation in a slot has the chunk `key`."""
+        return any(held is not None and key in held.all_keys for held in self._slots.conversations)
 
     def unsaved_keys(self) -> list[bytes]:
         """Of published pages that nobody holds and that cannot be used before they are saved."""
@@ -203,8 +221,16 @@ class Ledger:
         """Answer to `drain_published` and `unsaved_keys`: nobody needs the page of `key` any more."""
         self.allocator.mark_saved(key)
 
+    def begin_read(self, key: bytes) -> int | None:
+        """The page that is published under `key`, to be read for the prompt cache; it stays there until `end_read`."""
+        return self.allocator.begin_read(key)
+
+    def end_read(self, pages: Seq[int]) -> None:
+        """Pages are read."""
+        self.allocator.end_read(pages)
+
     def borrow(self, key: bytes) -> int | None:
-        """The page that is published under `key`, which stays as it is until `give_back`."""
+        """The page that is published under `key`, to be used; it stays there until `give_back`."""
         pages = self.allocator.adopt([key])
         self._borrowed.update(pages)
         return pages[0] if pages else None
@@ -242,7 +268,8 @@ class Ledger:
 
     def looked_up(self, sequence: Sequence, chunks: int) -> None:
         """Answer to `drain_lookups`: the prompt cache has the first `chunks` chunks."""
-        sequence.loadable = chunks
+        if sequence.loadable is None:
+            sequence.loadable = chunks
 
     def drain_lookups(self) -> list[tuple[Sequence, list[bytes]]]:
         """Sequences and the keys of their chunks, of which the cache should say how many it has."""
@@ -254,12 +281,12 @@ class Ledger:
         loads, self._loads = self._loads, []
         return loads
 
-    def drain_published(self) -> list[bytes]:
-        """Keys of full pages that are to be saved."""
+    def drain_published(self) -> list[tuple[Seq[bytes], Seq[bytes]]]:
+        """Keys of full pages that are to be saved, each time with all keys of their prompt."""
         published, self._published = self._published, []
         return published
 
-    def drain_parked(self) -> list[Conversation]:
+    def drain_parked(self) -> list[Parked]:
         """Conversations that lost their slot."""
         parked, self._parked = self._parked, []
         return parked

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import count
+from typing import Final
 
 import numpy as np
 
@@ -32,6 +33,9 @@ from numoe.engine.scheduler.ledger import Ledger
 from numoe.engine.scheduler.load import Load
 from numoe.engine.scheduler.sequence import Sequence
 from numoe.engine.scheduler.slots import Slots, busy
+
+LOOKUP_S: Final = 2.0
+"""How long a request waits to know what the prompt cache has of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +118,7 @@ class Scheduler:
         table = PageTable(self.ledger.allocator)
         sequence = Sequence(request, sampler, table, next(self._numbers), self._clock(), keys)
         self._waiting.append(sequence)
-        self.ledger.look_up(sequence)
+        self.ledger.look_up(sequence, self._clock())
 
     def abort(self, request_id: str, reason: FinishReason = "cancelled") -> bool:
         """End a request; its slot and pages are free when this returns. Whether there was one."""
@@ -232,15 +236,18 @@ class Scheduler:
         for sequence in list(self._waiting):
             if not self.slots.n_free:
                 return
-            if sequence.loadable is None or (slot := self.slots.choose(sequence)) is None:
+            if not self._is_looked_up(sequence) or (slot := self.slots.choose(sequence)) is None:
                 continue
             if not self._first_page(sequence):
                 return
-            self._waiting.remove(sequence)
-            sequence.slot, self.slots.sequences[slot] = slot, sequence
             held = self.slots.conversations[slot]
             if held is not None and (sequence.keys is None or not _continues(held, sequence)):
                 self.ledger.replace_conversation(slot, None)
+            if self.ledger.pages_come(sequence):
+                self.starved = True
+                return
+            self._waiting.remove(sequence)
+            sequence.slot, self.slots.sequences[slot] = slot, sequence
             if sequence.admitted is None:
                 sequence.admitted = self._clock()
             self._adopt(sequence)
@@ -254,6 +261,12 @@ class Scheduler:
                 return False
             self._preempt(running[-1])
         return True
+
+    def _is_looked_up(self, sequence: Sequence) -> bool:
+        """Whether it is known what can be loaded; of a prompt cache that does not answer in time, nothing can."""
+        if sequence.loadable is None and self._clock() - sequence.asked > LOOKUP_S:
+            sequence.loadable = 0
+        return sequence.loadable is not None
 
     def _adopt(self, sequence: Sequence) -> None:
         """Begin with what is cached of a sequence in a slot."""
@@ -299,7 +312,7 @@ class Scheduler:
         self._vacate(sequence)
         sequence.computed = 0
         self._waiting.appendleft(sequence)
-        self.ledger.look_up(sequence)
+        self.ledger.look_up(sequence, self._clock())
 
     def _vacate(self, sequence: Sequence) -> None:
         if sequence.slot is not None:

@@ -20,7 +20,7 @@ class Sequence:
     number:   counts submissions: the lower, the older, and the older goes first.
     keys:     of its full pages, None if it neither uses nor leaves cached pages.
     loadable: chunks from the first on that the prompt cache is known to have; None while that is
-              being found out. load: chunks on their way into its pages.
+              being found out, since `asked`. load: chunks on their way into its pages.
     slot:     None while it waits. announced: whether its start was told. Times are
               the scheduler's clock, seconds; None before they happen.
     """
@@ -35,6 +35,7 @@ class Sequence:
     generated: int = 0
     computed: int = 0
     loadable: int | None = 0
+    asked: float = 0.0
     load: Load | None = None
     slot: int | None = None
     announced: bool = False

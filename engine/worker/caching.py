@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, Final, TypeVar
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Final
 
 from numoe.engine.cache import PromptCache, RamTier, Snapshots, StoreTier
 from numoe.engine.errors import NumoeError
 from numoe.engine.kv.pages import PAGE_TOKENS
 from numoe.engine.requests import CacheStatus
 from numoe.engine.scheduler import Scheduler
+from numoe.engine.scheduler.conversation import Parked
 from numoe.engine.scheduler.load import Load
 from numoe.engine.store.chunks import encode_chunk
 from numoe.engine.store.manifest import Origin
+from numoe.engine.worker.parking import Parking
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
     from numoe.engine.scheduler.conversation import Conversation
 
 logger = logging.getLogger(__name__)
-_What = TypeVar("_What")
 _JOBS: Final = 8
+_LOOKUPS: Final = 4
 _READERS: Final = 4
+_WRITERS: Final = 4
 _WRITE_BUFFER: Final = 4  # chunks that may wait for the store where host memory is not to be used
 
 
@@ -45,16 +47,22 @@ class Caching:
         ram: RamTier | None = None, tier: StoreTier | None = None, origin: Origin | None = None,
     ) -> None:  # fmt: skip
         self._scheduler, self._changed, self.pages = scheduler, changed, pages
+        # Pools of their own, as a store that does not answer holds up whoever writes to it for long.
         self.readers = ThreadPoolExecutor(_READERS, "cache-read")
+        self._writers = ThreadPoolExecutor(_WRITERS, "cache-save")
+        self._lookups = ThreadPoolExecutor(_LOOKUPS, "cache-find")
         self.cache: PromptCache | None = None
         self.snapshots: Snapshots | None = None
+        self._parking: Parking | None = None
         self._jobs = ThreadPoolExecutor(_JOBS, "cache-job")
         self.origin = origin or Origin(fingerprint=b"", parts={}, kv_type="")
         if origin is not None and (ram is not None or tier is not None):
             if ram is None:
                 ram = RamTier(0, _WRITE_BUFFER * pages.shape(PAGE_TOKENS).object_bytes)
-            self.cache = PromptCache(pages, self, self.readers, ram, tier)
+            self.cache = PromptCache(pages, self, self.readers, self._writers, ram, tier)
             self.snapshots = Snapshots(self.cache, origin)
+            if tier is not None:
+                self._parking = Parking(self.snapshots, tier, self._end_read)
 
     # --- the engine's side, its lock held ---------------------------------------------------------
 
@@ -64,19 +72,22 @@ class Caching:
             self._jobs.submit(self._load, load)
         lookups, parked = self._scheduler.ledger.drain_lookups(), self._scheduler.ledger.drain_parked()
         superseded, published = self._scheduler.ledger.drain_superseded(), self._scheduler.ledger.drain_published()
+        if self._parking is None:
+            for park in parked:
+                self._scheduler.ledger.end_read(park.pages)
+        else:
+            for park in parked:
+                self._parking.park(park)
+            for name in superseded:
+                self._parking.unpark(name)
         if self.cache is None:
             return
         for sequence, keys in lookups:
-            self._jobs.submit(self._find, self.cache, sequence, keys)
-        if published:
-            self.cache.save_soon(published)
+            self._lookups.submit(self._find, self.cache, sequence, keys)
+        for new, chain in published:
+            self.cache.save_soon(new, chain)
         if starved:
             self.cache.save_soon(self._scheduler.ledger.unsaved_keys(), first=True)
-        if self.snapshots is not None and self.cache.tier is not None:
-            for conversation in parked:
-                self._jobs.submit(self._quietly, self.snapshots.park, conversation)
-            for name in superseded:
-                self._jobs.submit(self._quietly, self.snapshots.unpark, name)
 
     def status(self) -> CacheStatus:
         """Of the prompt cache."""
@@ -100,23 +111,22 @@ class Caching:
 
     def save_all(self, until: float) -> None:
         """Write the conversations of all slots, until `time.monotonic()` is `until`."""
-        if self.snapshots is None or self.cache is None or self.cache.tier is None:
+        if self._parking is None or self.cache is None:
             return
         with self._changed:
             self.collect()
-            held = self._scheduler.slots.conversations
-        saves = [
-            self._jobs.submit(self._quietly, self.snapshots.park, conversation)
-            for conversation in held
-            if conversation is not None and not conversation.resumable
-        ]
-        wait(saves, timeout=max(0.0, until - time.monotonic()))
+            for conversation in self._scheduler.slots.conversations:
+                if conversation is not None and not conversation.resumable:
+                    self._parking.park(Parked(conversation, ()))
+        self._parking.flush(until)
         self.cache.flush(until)
 
     def close(self) -> None:
         """Stop the background."""
-        self._jobs.shutdown(wait=False, cancel_futures=True)
-        self.readers.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._jobs, self._lookups, self.readers, self._writers):
+            pool.shutdown(wait=False, cancel_futures=True)
+        if self._parking is not None:
+            self._parking.close()
         if self.cache is not None:
             self.cache.close()
 
@@ -125,13 +135,16 @@ class Caching:
     def borrow(self, key: bytes) -> tuple[int, int] | None:
         """See `PageBroker`."""
         with self._changed:
-            page = self._scheduler.ledger.borrow(key)
+            page = self._scheduler.ledger.begin_read(key)
             return None if page is None else (page, self._scheduler.ledger.tokens_of(key))
 
     def give_back(self, page: int) -> None:
         """See `PageBroker`."""
+        self._end_read([page])
+
+    def _end_read(self, pages: Sequence[int]) -> None:
         with self._changed:
-            self._scheduler.ledger.give_back([page])
+            self._scheduler.ledger.end_read(pages)
             self._changed.notify_all()
 
     def saved(self, key: bytes) -> None:
@@ -139,6 +152,11 @@ class Caching:
         with self._changed:
             self._scheduler.ledger.saved(key)
             self._changed.notify_all()
+
+    def in_slot(self, key: bytes) -> bool:
+        """See `PageBroker`."""
+        with self._changed:
+            return self._scheduler.ledger.in_slot(key)
 
     def chunks(self, conversation: Conversation, held: Conversation) -> list[Buffer]:
         """The objects of a conversation's chunks, as many as there are; `held`: the one that it is the beginning of."""
@@ -189,12 +207,3 @@ class Caching:
         with self._changed:
             self._scheduler.ledger.looked_up(sequence, found)
             self._changed.notify_all()
-
-    def _quietly(self, do: Callable[[_What], object], what: _What) -> None:
-        """Do something that nobody waits for."""
-        try:
-            do(what)
-        except NumoeError as error:
-            logger.warning("%s", error)
-        except Exception:
-            logger.exception("a conversation could not be kept")

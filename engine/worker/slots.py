@@ -15,7 +15,7 @@ from numoe.engine.cache import Snapshots
 from numoe.engine.cache.archive import NAME, read_archive, write_archive
 from numoe.engine.cache.cache import Layers
 from numoe.engine.cache.snapshots import Progress, StoppedError, conversation_of, shortened
-from numoe.engine.errors import DataLossError, PreconditionError
+from numoe.engine.errors import DataLossError, NotFoundError, PreconditionError, ResourceError
 from numoe.engine.requests import Event, SlotProgress, SlotReport, SnapshotInfo
 from numoe.engine.scheduler import Scheduler
 from numoe.engine.scheduler.conversation import Conversation
@@ -26,6 +26,8 @@ from numoe.engine.worker.caching import Caching
 
 _PROGRESS_S: Final = 0.05  # between two reports
 _REMEMBERED: Final = 256  # operations
+_PAGES_S: Final = 10.0  # how long to wait for pages that are being saved
+_CURE: Final = "what it held is computed again; save the snapshot anew, or remove it"
 
 
 class SlotOperations:
@@ -69,7 +71,15 @@ class SlotOperations:
             conversation = dataclasses.replace(
                 conversation_of(manifest, snapshot=name), named=True, last_used=time.time()
             )
-            self.bring(slot, conversation, progress, snapshots.cache.read)
+
+            def read(key: bytes, tokens: int) -> Layers:
+                try:
+                    return snapshots.cache.read(key, tokens)
+                except NotFoundError:
+                    raise DataLossError(f"KV chunk {key.hex()} of snapshot {name} is lost; {_CURE}") from None
+
+            self.bring(slot, conversation, progress, read)
+            snapshots.cache.use(conversation.all_keys)
         return _report(slot, conversation, name, conversation.computed, progress, start)
 
     def erase(self, slot: int, wait_until: float | None) -> SlotReport:
@@ -123,8 +133,7 @@ class SlotOperations:
         pages = self._caching.pages
         sizes = [pages.shape(len(conversation.chunk(n))).object_bytes for n in range(len(conversation.all_keys))]
         progress.begin(sizes)
-        with self._changed:
-            spare = self._scheduler.ledger.spare_pages(conversation.all_keys)
+        spare = self._spare_pages(conversation, progress)
 
         def fetch(number: int) -> None:
             key, page, published = spare[number]
@@ -155,6 +164,20 @@ class SlotOperations:
                 self._scheduler.ledger.give_back([page for _, page, _ in spare])
                 self._caching.collect()
                 self._changed.notify_all()
+
+    def _spare_pages(self, conversation: Conversation, progress: Progress) -> list[tuple[bytes, int, bool]]:
+        """As `Ledger.spare_pages`, when what is in pages that nobody holds is saved."""
+        until, ledger, cache = time.monotonic() + _PAGES_S, self._scheduler.ledger, self._caching.cache
+        with self._changed:
+            while True:
+                try:
+                    return ledger.spare_pages(conversation.all_keys)
+                except ResourceError:
+                    if cache is None or not ledger.waits_for_cache or time.monotonic() > until:
+                        raise
+                cache.save_soon(ledger.unsaved_keys(), first=True)
+                self._changed.wait(_PAGES_S / 100)
+                progress.check()
 
     # --- a prompt cache in a file -----------------------------------------------------------------
 

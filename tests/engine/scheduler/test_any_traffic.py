@@ -21,6 +21,7 @@ from numoe.engine.kv import PAGE_TOKENS, pages_for
 from numoe.engine.requests import Finished, GenerationRequest, PrefillProgress, Started, TokenGenerated
 from numoe.engine.sampling import SampledToken
 from numoe.engine.scheduler import Batch, Scheduler, Sequence
+from numoe.engine.scheduler.conversation import Parked
 from numoe.engine.scheduler.load import Load
 from tests.engine.scheduler.support import Cache, Clock, make, request
 
@@ -70,6 +71,7 @@ class AnyTraffic(RuleBasedStateMachine):
         self.lookups: list[tuple[Sequence, list[bytes]]] = []
         self.loads: list[Load] = []
         self.cache = Cache(n_pages)
+        self.parked: list[Parked] = []
         self.requests: dict[str, Expected] = {}
 
     # --- what may happen --------------------------------------------------------------------------
@@ -189,9 +191,19 @@ class AnyTraffic(RuleBasedStateMachine):
 
     # --- the prompt cache -------------------------------------------------------------------------
 
-    @rule(lookups=st.integers(0, 3), loads=st.integers(0, 3), saves=st.integers(0, 3), fails=st.booleans())
-    def the_cache_gets_on(self, lookups: int, loads: int, saves: int, fails: bool) -> None:
+    @rule(
+        lookups=st.integers(0, 3), loads=st.integers(0, 3), saves=st.integers(0, 3), parks=st.integers(0, 3),
+        fails=st.booleans(),
+    )  # fmt: skip
+    def the_cache_gets_on(self, lookups: int, loads: int, saves: int, parks: int, fails: bool) -> None:
         self.collect()
+        for _ in range(min(parks, len(self.parked))):
+            park = self.parked.pop(0)
+            held = [i for page in park.pages for i in self.cache.page(page).tolist()]
+            if len(park.pages) == len(park.conversation.all_keys):  # nobody wrote there meanwhile
+                computed = park.conversation.computed
+                assert held[:computed] == park.conversation.tokens[:computed].tolist()
+            self.scheduler.ledger.end_read(park.pages)
         for _ in range(min(lookups, len(self.lookups))):
             sequence, keys = self.lookups.pop(0)
             had = next((i for i, key in enumerate(keys) if key not in self.stored), len(keys))
@@ -200,10 +212,10 @@ class AnyTraffic(RuleBasedStateMachine):
             self.load(self.loads.pop(0), fails)
         for _ in range(min(saves, len(self.unsaved))):
             key = self.unsaved.pop(0)
-            if (page := self.scheduler.ledger.borrow(key)) is not None:
+            if (page := self.scheduler.ledger.begin_read(key)) is not None:
                 if not fails:
                     self.stored[key] = self.cache.page(page).copy()
-                self.scheduler.ledger.give_back([page])
+                self.scheduler.ledger.end_read([page])
                 self.scheduler.ledger.saved(key)
         self.take_events()
 
@@ -215,8 +227,10 @@ class AnyTraffic(RuleBasedStateMachine):
     def collect(self) -> None:
         self.lookups += self.scheduler.ledger.drain_lookups()
         self.loads += self.scheduler.ledger.drain_loads()
-        self.unsaved += [key for key in self.scheduler.ledger.drain_published() if key not in self.unsaved]
-        self.scheduler.ledger.drain_parked()
+        for keys, chain in self.scheduler.ledger.drain_published():
+            assert not keys or chain[-len(keys) :] == keys
+            self.unsaved += [key for key in keys if key not in self.unsaved]
+        self.parked += self.scheduler.ledger.drain_parked()
 
     def load(self, load: Load, fails: bool) -> None:
         done = 0
@@ -238,7 +252,7 @@ class AnyTraffic(RuleBasedStateMachine):
         """Everything that the cache was asked for is done."""
         self.collect()
         self.unsaved += [key for key in self.scheduler.ledger.unsaved_keys() if key not in self.unsaved]
-        self.the_cache_gets_on(len(self.lookups), len(self.loads), len(self.unsaved), fails=False)
+        self.the_cache_gets_on(len(self.lookups), len(self.loads), len(self.unsaved), len(self.parked), fails=False)
 
     # --- what must be true then -------------------------------------------------------------------
 

@@ -1,0 +1,100 @@
+"""Conversations without a slot on their way to the store, and out of it when they have gone on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from numoe.engine.cache import Snapshots, StoreTier
+from numoe.engine.cache.health import OUTAGES
+from numoe.engine.errors import NumoeError
+from numoe.engine.scheduler.conversation import Conversation, Parked
+
+logger = logging.getLogger(__name__)
+_LATER: Final = 256
+"""Conversations at most that wait for a store which does not work; the oldest are given up."""
+
+
+class Parking:
+    """A thread that writes one conversation after the other; each method may be called from any thread.
+
+    end_read: takes the pages that hold a conversation when it is written, or cannot be for now.
+    """
+
+    def __init__(self, snapshots: Snapshots, tier: StoreTier, end_read: Callable[[Sequence[int]], None]) -> None:
+        self._snapshots, self._tier, self._end_read = snapshots, tier, end_read
+        self._changed = threading.Condition()
+        self._queue: deque[Parked | str] = deque()
+        self._later: deque[Conversation] = deque(maxlen=_LATER)
+        self._busy = self._closed = False
+        threading.Thread(target=self._run, name="cache-park", daemon=True).start()
+
+    def park(self, parked: Parked) -> None:
+        """Write a conversation, so that it can come back after a restart."""
+        self._put(parked)
+
+    def unpark(self, name: str) -> None:
+        """Remove one that went on (`Conversation.resumable`)."""
+        self._put(name)
+
+    def flush(self, deadline: float) -> None:
+        """Wait until all is done or cannot be done now, at most until `time.monotonic()` is `deadline`."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not self._queue and not self._busy and (not self._later or self._tier.writing.seconds_to_wait),
+                max(0.0, deadline - time.monotonic()),
+            )
+
+    def close(self) -> None:
+        """Stop the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _put(self, job: Parked | str) -> None:
+        with self._changed:
+            self._queue.append(job)
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while (job := self._next()) is not None:
+            try:
+                self._do(job)
+            except NumoeError as error:
+                logger.warning("%s", error)
+            except Exception:  # the next one may work
+                logger.exception("a conversation could not be kept")
+            finally:
+                if isinstance(job, Parked):
+                    self._end_read(job.pages)
+                with self._changed:
+                    self._busy = False
+                    self._changed.notify_all()
+
+    def _next(self) -> Parked | str | None:
+        """Wait for something to do; None after `close`."""
+        with self._changed:
+            while not self._closed:
+                pause = self._tier.writing.seconds_to_wait
+                if self._queue or (self._later and not pause):
+                    self._busy = True
+                    return self._queue.popleft() if self._queue else Parked(self._later.popleft(), ())
+                self._changed.wait(pause if self._later else None)
+        return None
+
+    def _do(self, job: Parked | str) -> None:
+        if isinstance(job, str):
+            self._snapshots.unpark(job)
+            return
+        if self._tier.writing.seconds_to_wait:
+            self._later.append(job.conversation)
+            return
+        try:
+            self._snapshots.park(job.conversation)
+        except OUTAGES as error:
+            logger.info("a conversation is kept later: %s", error)
+            self._later.append(job.conversation)
