@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numoe.actors.identity import Identity, identity
+from numoe.actors.placement import describe
 from numoe.cluster.plan import Plan
+from numoe.cluster.status import ActorPlacement
 from numoe.engine.errors import NumoeError
 from numoe.engine.requests import Event, GenerationRequest, SlotReport, SnapshotInfo, WorkerStatus
 
@@ -46,7 +48,7 @@ class AttentionActor:
         from numoe.engine.progress import Progress
         from numoe.engine.scheduler import Scheduler, SchedulerConfig
         from numoe.engine.store.portable import kv_type_name
-        from numoe.engine.weights import CachedPages
+        from numoe.engine.weights import CachedPages, SliceReporter
         from numoe.engine.worker.engine import Engine
         from numoe.engine.worker.options import ForwardOptions, SharedWeights
 
@@ -61,6 +63,7 @@ class AttentionActor:
             kv_type=plan.kv_type,
             shared=None if plan.gpu else SharedWeights(folder, plan.dense_slice, CachedPages.load(folder)),
             gpu_layers=plan.gpu_layers,
+            cpus=plan.attention.cpus,
         )
         self._progress = Progress(plan.dense_bytes + plan.gpu_expert_bytes)
         self._forward = _forward_of(plan)(ModelConfig.from_gguf(gguf), gguf, self._mailbox, options, self._progress)
@@ -79,6 +82,8 @@ class AttentionActor:
             )
         )
         self._gateway: Any = None
+        weights = self._forward.slice
+        self._reporter = SliceReporter(weights, plan.attention.memory or plan.attention.nodes) if weights else None
         self._engine = Engine(scheduler, self._forward, self._push, **tiers)
         self._resume()
         gguf.close()
@@ -99,6 +104,12 @@ class AttentionActor:
         """Bytes loaded, bytes to load, seconds; zeros before `initialize`."""
         progress = getattr(self, "_progress", None)
         return progress.snapshot() if progress else (0, 0, 0.0)
+
+    def placement(self) -> ActorPlacement | None:
+        """Where weights and threads of attention on CPUs are; None on a GPU."""
+        if self._reporter is None:
+            return None
+        return describe(self._plan.attention, self._reporter, self._forward.ran_on)
 
     def connect(self, gateway: Any) -> None:
         """Send events to this gateway actor from now on."""

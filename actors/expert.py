@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from numoe.actors.identity import Identity, identity
+from numoe.actors.placement import describe
 from numoe.cluster.plan import Plan
+from numoe.cluster.status import ActorPlacement
 
 
 class ExpertActor:
@@ -24,7 +26,7 @@ class ExpertActor:
         from numoe.engine.experts.shard import ExpertShard
         from numoe.engine.gguf import GgufFile
         from numoe.engine.models.config import ModelConfig
-        from numoe.engine.weights import CachedPages
+        from numoe.engine.weights import CachedPages, SliceReporter
 
         plan, placement = self._plan, self._plan.shards[self._index]
         gguf = GgufFile.open(plan.model)
@@ -39,8 +41,11 @@ class ExpertActor:
             threads=placement.threads,
             threads_on_host=plan.threads_on_host,
             key=plan.expert_slice(self._index),
+            cpus=placement.seats.cpus,
         )
-        self._shard.load(CachedPages.load(self._folder))
+        weights = self._shard.load(CachedPages.load(self._folder))
+        self._reporter = SliceReporter(weights, placement.seats.memory or placement.seats.nodes)
+        self._mailbox = mailbox
         gguf.close()
         self._shard.start()
 
@@ -48,6 +53,12 @@ class ExpertActor:
         """Bytes loaded, bytes to load, seconds; zeros before `initialize`."""
         shard = getattr(self, "_shard", None)
         return shard.progress.snapshot() if shard else (0, 0, 0.0)
+
+    def placement(self) -> ActorPlacement:
+        """Where the slice lies, the threads run, and how fast they read."""
+        seats, (nbytes, nanoseconds) = self._plan.shards[self._index].seats, self._mailbox.reading(self._index)
+        speed = 1e9 * nbytes / nanoseconds if nbytes else None
+        return describe(seats, self._reporter, self._shard.ran_on, read_bytes_s=speed)
 
     def run(self) -> None:
         """Return when the shard has been told to stop; while this is pending, the shard is alive."""

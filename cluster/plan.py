@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
+from numoe.cluster.cores import Seating, Seats
 from numoe.cluster.topology import Topology, available_memory
 from numoe.engine.errors import InputError, ResourceError
 from numoe.engine.experts.mailbox import MailboxLayout
@@ -18,7 +20,7 @@ from numoe.engine.gpu.kv_pool import GpuKvPool, check_kv_type
 from numoe.engine.gpu.weights import dense_bytes, work_bytes
 from numoe.engine.kv.pages import pages_for
 from numoe.engine.models.config import ModelConfig
-from numoe.engine.weights import SliceKey, choose_medium, is_loaded, source_fingerprint
+from numoe.engine.weights import SliceKey, choose_medium, is_loaded, shm_medium, source_fingerprint
 from numoe.engine.weights import slice_bytes as packed_bytes
 from numoe.engine.worker.kv_pool import F16, KvPool, KvType
 from numoe.engine.worker.weights import DENSE, dense_tensor_names, plan_dense
@@ -65,7 +67,7 @@ class PlanOptions:
     together, and of the attention worker. shards: expert shards. chunk: prompt tokens a step.
     queue: requests that may wait. kv_type: of the KV cache. device: where attention runs, one of DEVICES.
     gpu_layers: how many layers' routed experts live on the GPU, None for as many as there is room for.
-    gpu_memory: bytes of VRAM to use at most. cache: what outlives a request.
+    gpu_memory: bytes of VRAM to use at most. cache: what outlives a request. numa: see `cores.choose_nodes`.
     """
 
     context: int | None = None
@@ -79,16 +81,26 @@ class PlanOptions:
     gpu_layers: int | None = None
     gpu_memory: int | None = None
     cache: CacheOptions = CacheOptions()
+    numa: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPlacement:
-    """One expert shard: its NUMA node, threads and bytes of weights."""
+    """One expert shard: where it runs, and its bytes of weights."""
 
     index: int
-    numa_node: int
-    threads: int
+    seats: Seats
     nbytes: int
+
+    @property
+    def threads(self) -> int:
+        """Threads that compute."""
+        return self.seats.threads
+
+    @property
+    def numa_node(self) -> int | None:
+        """The node that it is on, the first if it is on several, None without any."""
+        return self.seats.nodes[0] if self.seats.nodes else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +125,7 @@ class Plan:
     kv_type: KvType
     cpus: int
     gpu: Device | None
-    attention_threads: int
+    attention: Seats
     shards: tuple[ShardPlacement, ...]
     dense_bytes: int
     kv_bytes: int
@@ -129,9 +141,16 @@ class Plan:
         return self.chunk + self.slots
 
     @property
+    def attention_threads(self) -> int:
+        """Threads of the attention worker that compute, one where a GPU does."""
+        return self.attention.threads
+
+    @property
     def threads_on_host(self) -> int:
-        """Threads of all actors together."""
-        return self.attention_threads + sum(shard.threads for shard in self.shards)
+        """Threads of all actors together, more than there are processors where two have to share one."""
+        threads = self.attention_threads + sum(shard.threads for shard in self.shards)
+        cpus = [cpu for seats in (self.attention, *(shard.seats for shard in self.shards)) for cpu in seats.cpus]
+        return max(threads, self.cpus + 1) if len(set(cpus)) < len(cpus) else threads
 
     @property
     def slices(self) -> dict[SliceKey, int]:
@@ -141,7 +160,7 @@ class Plan:
 
     def expert_slice(self, index: int) -> SliceKey:
         """The slice of a shard."""
-        return SliceKey(source=self.source, cut=self.cut(index).name)
+        return SliceKey(source=self.source, cut=self.cut(index).name, nodes=self.shards[index].seats.memory)
 
     def cut(self, index: int) -> ShardSlice:
         """What a shard holds of the experts."""
@@ -150,7 +169,7 @@ class Plan:
     @property
     def dense_slice(self) -> SliceKey:
         """The slice of attention on CPUs."""
-        return SliceKey(source=self.source, cut=DENSE)
+        return SliceKey(source=self.source, cut=DENSE, nodes=self.attention.memory)
 
     @property
     def shared_bytes(self) -> int:
@@ -186,15 +205,15 @@ def make_plan(
     chunk = _positive("--chunk", options.chunk, min(DEFAULT_GPU_CHUNK if gpu else DEFAULT_CHUNK, context), 8192)
     # One processor is left to the worker and the gateway where the shards' threads spin for a GPU.
     cpus = len(topology.allowed_cpus)
-    spare = 1 if gpu and cpus > 2 else 0
-    threads = _positive("--threads", options.threads, cpus - spare, 4096)
+    seating = Seating(topology, options.numa, spare=gpu is not None and cpus > 2)
+    threads = None if options.threads is None else _positive("--threads", options.threads, 1, 4096)
     queue = _positive("--queue", options.queue, DEFAULT_QUEUE, 1 << 20)
     pages = slots * pages_for(context)
     placed_kv = (GpuKvPool if gpu else KvPool).nbytes(config, pages, options.kv_type)
     dense = dense_bytes(gguf, dense_tensor_names(gguf)) if gpu else packed_bytes(plan_dense(gguf))
     count = 0
     if config.moe is not None:
-        count = _positive("--shards", options.shards, len(topology.compute_nodes), config.moe.ffn // 32)
+        count = _positive("--shards", options.shards, len(seating.nodes), config.moe.ffn // 32)
     cuts = [ShardSlice(i, count) for i in range(count)]
     work = work_bytes(config, gguf, cuts, chunk + slots) if gpu else 0
     free = gpu.free_bytes - GPU_RESERVE - dense - placed_kv - work if gpu else 0
@@ -203,7 +222,7 @@ def make_plan(
     mailbox = None
     if config.moe is not None and len(on_gpu) < len(expert_layers(config, gguf)):
         cuts = [replace(cut, skipped=len(on_gpu)) for cut in cuts]
-        shards = _place_shards(config, gguf, topology, cuts, threads)
+        shards = _place_shards(config, gguf, seating, cuts, threads)
         mailbox = MailboxLayout(count, chunk + slots, config.moe.n_used, config.hidden)
     elif gpu:
         work = work_bytes(config, gguf, (), chunk + slots)
@@ -219,7 +238,9 @@ def make_plan(
         kv_type=options.kv_type,
         cpus=cpus,
         gpu=gpu,
-        attention_threads=1 if gpu else threads,
+        attention=(
+            Seats((), (), (), 1) if gpu else seating.attention(threads, (shard.seats for shard in shards))
+        ),
         shards=shards,
         dense_bytes=dense,
         kv_bytes=placed_kv,
@@ -253,16 +274,16 @@ def _choose_resident(
 
 
 def _place_shards(
-    config: ModelConfig, gguf: GgufFile, topology: Topology, cuts: Sequence[ShardSlice], threads: int
+    config: ModelConfig, gguf: GgufFile, seating: Seating, cuts: Sequence[ShardSlice], threads: int | None
 ) -> tuple[ShardPlacement, ...]:
-    nodes, count = topology.compute_nodes, len(cuts)
-    placements = []
-    for index, cut in enumerate(cuts):
-        node = nodes[index * len(nodes) // count]
-        share = threads * (index + 1) // count - threads * index // count
-        nbytes = slice_bytes(plan_slice(config, gguf, cut))
-        placements.append(ShardPlacement(index=index, numa_node=node.id, threads=max(1, share), nbytes=nbytes))
-    return tuple(placements)
+    return tuple(
+        ShardPlacement(
+            index=index,
+            seats=seating.shard(index, len(cuts), threads),
+            nbytes=slice_bytes(plan_slice(config, gguf, cut)),
+        )
+        for index, cut in enumerate(cuts)
+    )
 
 
 def check_memory(plan: Plan, available: int | None = None, shared: int | None = None) -> None:
@@ -296,6 +317,7 @@ def check_memory(plan: Plan, available: int | None = None, shared: int | None = 
             f"{_gb(in_shm - shared)} is missing; enlarge it (mount -o remount,size=... {_SHM_FREE}; "
             "in a container --shm-size), or remove what lies there (`numoe weights rm`)"
         )
+    _check_nodes(plan)
 
 
 def fit_cache(plan: Plan, available: int | None = None) -> Plan:
@@ -305,13 +327,28 @@ def fit_cache(plan: Plan, available: int | None = None) -> Plan:
     return replace(plan, cache=replace(plan.cache, cache_ram_bytes=min(plan.cache.cache_ram_bytes, left)))
 
 
+def _check_nodes(plan: Plan) -> None:
+    """ResourceError if the memory of a node does not hold what is to be bound to it: the kernel would kill for it."""
+    wanted: Counter[tuple[int, ...]] = Counter()
+    for key, nbytes in plan.slices.items():
+        if key.nodes and not (is_loaded(key) or _fits_huge_pages(key, nbytes)):
+            wanted[key.nodes] += nbytes
+    for nodes, nbytes in wanted.items():
+        free = shm_medium().free_bytes(nodes)
+        if nbytes > free:
+            raise ResourceError(
+                f"weights of {_gb(nbytes)} belong on node {' and '.join(map(str, nodes))}, which has {_gb(free)} "
+                "available: free memory there, choose other nodes (--numa), or do without binding (--numa off)"
+            )
+
+
 def _bytes_there(plan: Plan) -> int:
     """Bytes of weights that take no more memory: they are loaded, or huge pages are set aside for them."""
     return sum(nbytes for key, nbytes in plan.slices.items() if is_loaded(key) or _fits_huge_pages(key, nbytes))
 
 
 def _fits_huge_pages(key: SliceKey, nbytes: int) -> bool:
-    return choose_medium(nbytes, key.node).kind == "hugetlbfs"
+    return choose_medium(nbytes, key.nodes).kind == "hugetlbfs"
 
 
 def _positive(flag: str, value: int | None, default: int, most: int) -> int:

@@ -15,8 +15,32 @@ ActorRole = Literal["gateway", "attention", "expert", "supervisor"]
 ActorState = Literal["starting", "running", "restarting", "draining", "dead"]
 
 
+class ActorPlacement(msgspec.Struct, frozen=True, kw_only=True):
+    """Where an actor's weights lie and its threads run, as measured.
+
+    nodes: the NUMA nodes where they should be, none for anywhere. weight_bytes: in memory of the kind
+    `medium`. on_nodes: the part of the pages that lie there, None if nobody can tell. huge: the part in huge
+    pages. cpus: of the threads, one each, none if they are not pinned. ran_on: where each of them ran last.
+    read_bytes_s: weights read by decode steps, while they were being read, None before the first.
+    bandwidth_share: the part of what was measured to be possible, None if nothing was.
+    """
+
+    nodes: tuple[int, ...]
+    weight_bytes: int
+    medium: str
+    on_nodes: float | None
+    huge: float
+    cpus: tuple[int, ...]
+    ran_on: tuple[int, ...]
+    read_bytes_s: float | None = None
+    bandwidth_share: float | None = None
+
+
 class ActorInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """One process of the server; `numa_node` is None where it is bound to none."""
+    """One process of the server.
+
+    numa_node: None where it is bound to none. placement: None where it computes nothing on CPUs.
+    """
 
     role: ActorRole
     pid: int
@@ -24,6 +48,7 @@ class ActorInfo(msgspec.Struct, frozen=True, kw_only=True):
     numa_node: int | None = None
     state: ActorState = "running"
     restarts: int = 0
+    placement: ActorPlacement | None = None
 
 
 class LoadProgress(msgspec.Struct, frozen=True, kw_only=True):

@@ -22,9 +22,11 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from numoe.cluster.bandwidth import remembered
 from numoe.cluster.endpoint import Endpoint
 from numoe.cluster.plan import Plan
-from numoe.cluster.status import SAVE_S, ActorInfo, ActorRole, ActorState, LoadProgress
+from numoe.cluster.status import SAVE_S, ActorInfo, ActorPlacement, ActorRole, ActorState, LoadProgress
+from numoe.cluster.topology import Topology
 from numoe.engine import shm
 from numoe.engine.errors import NumoeError, ResourceError, UnavailableError
 from numoe.engine.weights import CachedPages, WeightSlice, free_weights, hold_weights, is_loaded, sweep_incomplete
@@ -33,6 +35,7 @@ NAMESPACE = "numoe"
 _PLACEMENT_TIMEOUT_S = 30.0
 _CALL_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 10.0
+_PLACEMENT_ANSWER_S = 2.0
 _EXIT_TIMEOUT_S = 5.0
 _SMALL_CPUS = 0.1  # what Ray books for an actor that computes little, or alternates with others
 
@@ -59,7 +62,7 @@ class _Member:
     run: Any = None
     restarts: int = 0
 
-    def info(self) -> ActorInfo:
+    def info(self, placement: ActorPlacement | None = None) -> ActorInfo:
         return ActorInfo(
             role=self.role,
             pid=self.pid,
@@ -67,6 +70,7 @@ class _Member:
             numa_node=self.numa_node,
             state=self.state,
             restarts=self.restarts,
+            placement=placement,
         )
 
 
@@ -86,6 +90,7 @@ class Supervisor:
     ) -> None:
         self._plan, self._classes, self._endpoint, self._instance = plan, classes, endpoint, instance
         self._keep_weights, self._weights = keep_weights, list[WeightSlice]()
+        self._bandwidth: dict[int, float] | None = None
         self._folder = shm.create_folder(instance)
         self._members: list[_Member] = []
         self._group: PlacementGroup | None = None
@@ -199,7 +204,42 @@ class Supervisor:
         """Every process of the server, this one included."""
         state: ActorState = "draining" if self._stopping.locked() else "running"
         own = ActorInfo(role="supervisor", pid=os.getpid(), host=socket.gethostname(), state=state)
-        return [*(member.info() for member in self._members), own]
+        placements = self._placements()
+        return [*(member.info(placements.get(member.name)) for member in self._members), own]
+
+    def _placements(self) -> dict[str, ActorPlacement]:
+        """Where the actors that compute are; who does not answer at once is left out."""
+        asked = {
+            member.handle.placement.remote(): member.name
+            for member in self._members
+            if member.role in ("attention", "expert") and member.state == "running"
+        }
+        if not asked:
+            return {}
+        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_PLACEMENT_ANSWER_S)
+        found = {}
+        for reference in ready:
+            with contextlib.suppress(RayError):
+                placement = ray.get(reference)
+                if placement is not None:
+                    found[asked[reference]] = self._with_share(placement)
+        return found
+
+    def _with_share(self, placement: ActorPlacement) -> ActorPlacement:
+        """With the share of what the cores of its nodes can read, as far as that was measured on this host."""
+        if placement.read_bytes_s is None:
+            return placement
+        if self._bandwidth is None:
+            topology = Topology.read()
+            known = remembered(topology)
+            self._bandwidth = {
+                node.id: known.local(topology, node.id) or 0.0 if known else 0.0 for node in topology.compute_nodes
+            }
+        possible = sum(self._bandwidth.get(node, 0.0) for node in placement.nodes)
+        mates = sum(shard.seats.nodes == placement.nodes for shard in self._plan.shards)
+        if not possible:
+            return placement
+        return msgspec.structs.replace(placement, bandwidth_share=mates * placement.read_bytes_s / possible)
 
     def worker(self) -> Any:
         """The attention worker's handle."""

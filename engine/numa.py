@@ -1,33 +1,41 @@
-"""Binding memory to NUMA nodes and asking where it lies, by raw system calls."""
+"""Threads on processors and memory on NUMA nodes, by raw system calls, and where both are."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import itertools
 import os
 import platform
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Final
 
 _MBIND, _MOVE_PAGES = {"x86_64": (237, 279), "aarch64": (235, 239)}[platform.machine()]
 _MPOL_BIND: Final = 2
+_MPOL_INTERLEAVE: Final = 3
 _MASK_WORDS: Final = 16
 """64-bit words of a node mask: 1024 nodes, as many as a kernel can have."""
 _ASKED_AT_ONCE: Final = 1 << 16
 PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
+_SMAPS_PAGES: Final = ("Rss", "ShmemPmdMapped", "FilePmdMapped", "Shared_Hugetlb", "Private_Hugetlb")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def bind_memory(address: int, nbytes: int, node: int) -> None:
+def bind_memory(address: int, nbytes: int, *nodes: int) -> None:
     """Have the pages of a mapping that nobody has touched yet come from one node, or not at all.
 
-    The mapping begins at a page. OSError where the kernel has no such node or no NUMA. In shared
-    memory the policy belongs to the file, for as long as it is there.
+    Of several nodes they come in turn. The mapping begins at a page. OSError where the kernel has no such
+    node or no NUMA. In shared memory the policy belongs to the file, for as long as it is there.
     """
     mask = (ctypes.c_uint64 * _MASK_WORDS)()
-    mask[node // 64] = 1 << node % 64
+    for node in nodes:
+        mask[node // 64] |= 1 << node % 64
+    policy = _MPOL_BIND if len(nodes) == 1 else _MPOL_INTERLEAVE
     _call(
-        _MBIND, ctypes.c_void_p(address), ctypes.c_ulong(nbytes), ctypes.c_int(_MPOL_BIND), mask,
+        _MBIND, ctypes.c_void_p(address), ctypes.c_ulong(nbytes), ctypes.c_int(policy), mask,
         ctypes.c_ulong(64 * _MASK_WORDS), ctypes.c_uint(0),
     )  # fmt: skip
 
@@ -52,6 +60,66 @@ def page_nodes(address: int, nbytes: int, page_bytes: int = PAGE_BYTES, at_most:
         )  # fmt: skip
         found.update(nodes)
     return found
+
+
+class Pins:
+    """Processors for a team's threads, one each; without any, threads run where the kernel puts them."""
+
+    def __init__(self, cpus: Sequence[int] = ()) -> None:
+        self.cpus, self._next = tuple(cpus), itertools.count()
+
+    def pin(self, thread: int) -> None:
+        """Have the calling thread run on the processor of a team's thread; where that is not allowed, as it does."""
+        if self.cpus:
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(0, {self.cpus[thread % len(self.cpus)]})
+
+    def pin_next(self) -> None:
+        """Have the calling thread run on the next processor."""
+        self.pin(next(self._next))
+
+    @contextlib.contextmanager
+    def pinned(self) -> Iterator[None]:
+        """Have the calling thread run on the first processor meanwhile."""
+        if not self.cpus:
+            yield
+            return
+        before = os.sched_getaffinity(0)
+        self.pin(0)
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, before)
+
+
+def current_cpu() -> int:
+    """The processor that the calling thread runs on."""
+    return int(_libc.sched_getcpu())
+
+
+def last_cpus(threads: Iterable[int]) -> list[int]:
+    """The processor that each of this process's threads (native ids) ran on last."""
+    found = []
+    for thread in threads:
+        fields = Path(f"/proc/self/task/{thread}/stat").read_text().rpartition(")")[2].split()
+        found.append(int(fields[36]))
+    return found
+
+
+def huge_share(path: str) -> float:
+    """The part of this process's mapping of a file, of what is mapped of it already, that are huge pages."""
+    resident = huge = 0
+    is_wanted = False
+    with Path("/proc/self/smaps").open() as lines:
+        for line in lines:
+            name, _, value = line.partition(":")
+            if " " in name:
+                is_wanted = line.rstrip("\n").endswith(path)
+            elif is_wanted and name in _SMAPS_PAGES:
+                kilobytes = int(value.split()[0])
+                resident += kilobytes if name in ("Rss", "Shared_Hugetlb", "Private_Hugetlb") else 0
+                huge += kilobytes if name != "Rss" else 0
+    return huge / resident if resident else 0.0
 
 
 def _call(number: int, *arguments: object) -> None:

@@ -16,7 +16,7 @@ from numoe.actors.gateway.model import model_message
 from numoe.actors.gateway.slots import slot_message
 from numoe.actors.gateway.streams import RequestStreams
 from numoe.actors.gateway.validation import Violations
-from numoe.cluster.status import ActorInfo
+from numoe.cluster.status import ActorInfo, ActorPlacement
 from numoe.engine.errors import UnavailableError
 from numoe.engine.requests import CacheStatus, WorkerStatus
 from numoe.v1 import admin_pb2 as pb
@@ -95,6 +95,21 @@ def _actor_message(actor: ActorInfo) -> pb.ActorStatus:
         numa_node=actor.numa_node,
         state=_ACTOR_STATES[actor.state],
         restarts=actor.restarts,
+        placement=_placement_message(actor.placement) if actor.placement else None,
+    )
+
+
+def _placement_message(placement: ActorPlacement) -> pb.Placement:
+    return pb.Placement(
+        nodes=placement.nodes,
+        weight_bytes=placement.weight_bytes,
+        memory=placement.medium,
+        on_nodes=placement.on_nodes,
+        huge_pages=placement.huge,
+        cpus=placement.cpus,
+        ran_on=placement.ran_on,
+        read_bytes_per_second=placement.read_bytes_s,
+        bandwidth_share=placement.bandwidth_share,
     )
 
 

@@ -22,7 +22,11 @@ class Placement:
     Parameters
     ----------
     threads
-        Threads that compute; all processors if not given.
+        Threads that compute; if not given, one on each physical core, but for one of each node with many.
+    numa
+        "auto": a shard on every NUMA node, its memory bound there, each thread to a core; "off": neither; or the
+        numbers of the nodes to use, as in 0,1. llama-server's words: "distribute" is auto, "isolate" the
+        node that this command runs on, "numactl" auto within what numactl allows.
     shards
         Expert shards: "auto" is one for each NUMA node.
     device
@@ -40,6 +44,7 @@ class Placement:
     """
 
     threads: int | None = None
+    numa: str = "auto"
     shards: str = "auto"
     device: str = "auto"
     cache_type_k: str = "f16"
@@ -54,6 +59,7 @@ class Placement:
 
         return PlanOptions(
             threads=self.threads,
+            numa=self.numa,
             shards=_number_or_auto("--shards", self.shards),
             device=self.device,
             gpu_layers=_number_or_auto("--gpu-experts", self.gpu_experts),

@@ -12,6 +12,7 @@ from numoe.deploy.commands.placement import ANYWHERE, Placement
 from numoe.deploy.console import one_line_errors
 
 if TYPE_CHECKING:
+    from numoe.cluster.cores import Seats
     from numoe.cluster.plan import Plan
 
 _EMPTY = ("dense_bytes", "expert_bytes", "gpu_expert_bytes")
@@ -111,12 +112,17 @@ def _places(plan: Plan) -> list[dict[str, Any]]:
     if plan.gpu_layers:
         rows.append((attention, f"experts of {plan.gpu_layers} layers, the first", plan.gpu_expert_bytes))
     rows.extend(
-        (f"memory of node {shard.numa_node}", f"experts {shard.index} of {len(plan.shards)}", shard.nbytes)
+        (_memory_of(shard.seats), f"experts {shard.index} of {len(plan.shards)}", shard.nbytes)
         for shard in plan.shards
     )
     if plan.mailbox:
         rows.append(("shared memory", "mailbox", plan.mailbox.nbytes))
     return [{"place": place, "what": what, "bytes": nbytes} for place, what, nbytes in rows]
+
+
+def _memory_of(seats: Seats) -> str:
+    nodes = seats.memory or seats.nodes
+    return f"memory of node {' and '.join(map(str, nodes))}" if nodes else "memory"
 
 
 def _print(values: dict[str, Any]) -> None:

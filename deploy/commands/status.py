@@ -11,6 +11,7 @@ from rich.filesize import decimal
 from numoe.deploy.commands.security import DEFAULT, Connection
 from numoe.deploy.commands.slots import slot_json, slot_row
 from numoe.deploy.console import one_line_errors
+from numoe.deploy.placements import placement_json, placement_text
 from numoe.v1 import admin_pb2 as pb
 
 _NUMBERS = {"pid", "restarts", "tokens", "computed", "cached"}
@@ -55,6 +56,7 @@ def status_json(response: pb.GetStatusResponse, address: str) -> dict[str, Any]:
                 "numa_node": actor.numa_node if actor.HasField("numa_node") else None,
                 "state": _name(pb.ActorState.Name(actor.state), "ACTOR_STATE_"),
                 "restarts": actor.restarts,
+                "placement": placement_json(actor),
             }
             for actor in response.actors
         ],
@@ -146,7 +148,10 @@ def _print_tables(values: dict[str, Any]) -> None:
         f"{model['name']} ({model['architecture']}, {model['weight_format']}, "
         f"{model['parameters'] / 1e9:.2f} G parameters), context {model['context_tokens']} tokens"
     )
-    table("actors", values["actors"])
+    table("actors", [{name: actor[name] for name in actor if name != "placement"} for actor in values["actors"]])
+    for actor in values["actors"]:
+        if actor["placement"]:
+            console.print(placement_text(actor))
     table("slots", [slot_row(slot) for slot in values["slots"]])
     console.print(
         f"queue {queue['queued']} of {queue['limit']}, {queue['streams']} streams; "

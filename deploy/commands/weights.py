@@ -156,7 +156,7 @@ def _row(found: StoredSlice) -> dict[str, Any]:
         "fingerprint": found.fingerprint,
         "slice": _name(found),
         "bytes": found.nbytes,
-        "node": header.node if header else None,
+        "nodes": list(header.nodes) if header else None,
         "memory": header.medium if header else None,
         "state": state,
         "read_bytes": header.read_bytes if header else None,
@@ -171,12 +171,13 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("fingerprint", "slice", "GB", "node", "memory", "state", "loaded, GB/s", "model"):
+    for name in ("fingerprint", "slice", "GB", "nodes", "memory", "state", "loaded, GB/s", "model"):
         justify: Literal["left", "right"] = "right" if name in ("GB", "loaded, GB/s") else "left"
         table.add_column(name, justify=justify, overflow="fold", no_wrap=name in ("fingerprint", "slice"))
     for row in rows:
         speed = f"{row['read_bytes'] / row['seconds'] / 1e9:.2f}" if row["seconds"] else "-"
-        cells = (row["fingerprint"][:8], row["slice"], f"{row['bytes'] / 1e9:.2f}", row["node"], row["memory"],
+        nodes = " ".join(map(str, row["nodes"] or "-"))
+        cells = (row["fingerprint"][:8], row["slice"], f"{row['bytes'] / 1e9:.2f}", nodes, row["memory"],
                  row["state"], speed, row["model"])  # fmt: skip
         table.add_row(*("-" if cell is None else str(cell) for cell in cells))
     Console(highlight=False, markup=False).print(table)

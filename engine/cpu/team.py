@@ -22,6 +22,7 @@ from numoe.engine.cpu.sync import (
     handoff_spins,
     publish,
 )
+from numoe.engine.numa import Pins, current_cpu, last_cpus
 
 # Fields of a team's record.
 _OPERATIONS, _COUNT, _STEP, _THREADS, _SPINS, _WORDS = range(6)
@@ -77,25 +78,40 @@ def compile_all() -> None:
 
 
 class ThreadTeam:
-    """`threads` threads, the caller of `run` among them."""
+    """`threads` threads, the caller of `run` among them.
 
-    def __init__(self, threads: int, threads_on_host: int) -> None:
-        self.threads = threads
+    pins: their processors; that of the caller is its only one while it runs.
+    """
+
+    def __init__(self, threads: int, threads_on_host: int, pins: Pins | None = None) -> None:
+        self.threads, self._pins = threads, pins or Pins()
+        self._leader_cpu = current_cpu()
         self._words = memory.aligned_bytes(_WORD_BYTES)
         self._spins = handoff_spins(threads_on_host)
         self._record = memory.record([0, 0, 0, threads, self._spins, memory.address(self._words)])
         self._address = memory.address(self._record)
         self._members = [
-            threading.Thread(target=_member, args=(self._address, i), name=f"numoe-team-{i}", daemon=True)
+            threading.Thread(target=self._serve, args=(i,), name=f"numoe-team-{i}", daemon=True)
             for i in range(1, threads)
         ]
         for member in self._members:
             member.start()
 
+    def _serve(self, thread: int) -> None:
+        self._pins.pin(thread)
+        _member(self._address, thread)
+
+    @property
+    def ran_on(self) -> list[int]:
+        """The processor that each thread ran on last, the first one when it was the last caller of `run`."""
+        return [self._leader_cpu, *last_cpus(m.native_id for m in self._members if m.native_id is not None)]
+
     def run(self, operations: npt.NDArray[np.int64], step: npt.NDArray[np.int64]) -> None:
         """Run a program's table on all threads; returns when it is done. One caller at a time."""
         self._record[:3] = [memory.address(operations), len(operations), memory.address(step)]
-        _lead(self._address)
+        with self._pins.pinned():
+            _lead(self._address)
+            self._leader_cpu = current_cpu()
 
     def close(self) -> None:
         """End the threads. No program may be running."""

@@ -37,7 +37,10 @@ from numoe.engine.cpu.sync import (
 from numoe.engine.cpu.tile import META_BYTES
 from numoe.engine.experts.mailbox import (
     BUSY_NS,
+    FEW_ROWS,
     HEARTBEAT,
+    READ_BYTES,
+    READ_NS,
     REPLY_SLEEPERS,
     REQUEST_LAYER,
     REQUEST_ROWS,
@@ -189,8 +192,8 @@ def _down(shard: int, layer: int, group: int, active: int, scratch: int, rows: i
 
 
 @inline
-def _serve(shard: int, layer: int, rows: int, scratch: int) -> None:
-    """One request, on one of the shard's threads; returns when its share is done."""
+def _serve(shard: int, layer: int, rows: int, scratch: int) -> int:
+    """One request, on one of the shard's threads; the number of experts it needs, when the thread's share is done."""
     counters, blocks, heartbeat = field(shard, COUNTERS), field(shard, BLOCKS), field(shard, REPLY) + HEARTBEAT
     active = _group_pairs(shard, rows, scratch)
     experts = scratch + 4 * (field(shard, EXPERTS) + 1)
@@ -214,6 +217,17 @@ def _serve(shard: int, layer: int, rows: int, scratch: int) -> None:
             break
         atomic_add(heartbeat, np.uint32(1))
         _down(shard, layer, group, active, scratch, rows)
+    return active
+
+
+@inline
+def _count_reading(reply: int, layer: int, active: int, nanoseconds: int) -> None:
+    """Add to what the shard has read: all of gate, up and down of `active` experts."""
+    of_expert = (
+        field(layer, GATE + EXPERT_STRIDE) + field(layer, UP + EXPERT_STRIDE) + field(layer, DOWN + EXPERT_STRIDE)
+    )
+    set_field(reply + READ_BYTES, 0, field(reply + READ_BYTES, 0) + active * of_expert)
+    set_field(reply + READ_NS, 0, field(reply + READ_NS, 0) + nanoseconds)
 
 
 @inline
@@ -260,11 +274,15 @@ def shard_loop(shard: int, thread: int, seen: int) -> None:
             continue
         start = now_ns()
         layer = field(shard, LAYERS) + 8 * LAYER_FIELDS * field(mailbox + REQUEST_LAYER, 0)
-        _serve(shard, layer, field(mailbox + REQUEST_ROWS, 0), scratch)
+        rows = field(mailbox + REQUEST_ROWS, 0)
+        active = _serve(shard, layer, rows, scratch)
         if atomic_add(counters + _ARRIVED, np.uint32(1)) == np.uint32(field(shard, THREADS) - 1):
             atomic_store(counters + _STAGE1, np.uint32(0))
             atomic_store(counters + _STAGE2, np.uint32(0))
             atomic_store(counters + _ARRIVED, np.uint32(0))
-            set_field(reply + BUSY_NS, 0, now_ns() - start)
+            taken = now_ns() - start
+            set_field(reply + BUSY_NS, 0, taken)
+            if rows <= FEW_ROWS:
+                _count_reading(reply, layer, active, taken)
             publish(reply, reply + REPLY_SLEEPERS, wanted)
         wanted = np.uint32(wanted + np.uint32(1))

@@ -12,6 +12,7 @@
       + 64        sleepers on the reply         the worker
       + 128       heartbeat (uint32)            shard s
       + 192       nanoseconds the request took  shard s
+      + 200       bytes of weights that requests of few rows read, and the nanoseconds they took, in all
     then          expert ids int32 [max_rows, top_k], routing weights float32 [max_rows, top_k],
                   activations as 8-bit rows and as float32 rows, [max_rows] each,
                   partial sums float32 [shards, max_rows, hidden]
@@ -37,7 +38,9 @@ MAGIC = 0x6E756D6F65_01
 REQUEST_SEQUENCE, REQUEST_SLEEPERS, REQUEST_LAYER, REQUEST_ROWS, STOP, STEPPING = 64, 128, 192, 200, 256, 320
 STEP_START = 328
 SHARDS_AT, SHARD_STRIDE = 4096, 256
-REPLY_SLEEPERS, HEARTBEAT, BUSY_NS = 64, 128, 192
+REPLY_SLEEPERS, HEARTBEAT, BUSY_NS, READ_BYTES, READ_NS = 64, 128, 192, 200, 208
+FEW_ROWS = 4
+"""Requests of so many rows at most are as fast as weights are read."""
 _WAKE_S = 0.01  # more than sleepers need to get up
 
 
@@ -114,6 +117,12 @@ class Mailbox:
         at, size = self.layout.partials, self.layout.shards * self.layout.partial_bytes
         flat = self.segment.array[at : at + size].view(np.float32)
         return flat.reshape(self.layout.shards, self.layout.max_rows, self.layout.hidden)
+
+    def reading(self, shard: int) -> tuple[int, int]:
+        """Bytes of weights that a shard has read for requests of few rows, and the nanoseconds that they took."""
+        at = self.layout.reply(shard) + READ_BYTES
+        nbytes, nanoseconds = self.segment.array[at : at + 16].view(np.int64)
+        return int(nbytes), int(nanoseconds)
 
     def begin_step(self) -> None:
         """Keep the shards' threads from sleeping until `end_step`: requests come from one who cannot wake them."""

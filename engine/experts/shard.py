@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from numoe.engine.experts.mailbox import REQUEST_SEQUENCE, Mailbox
 from numoe.engine.formats import BLOCK_COLS, Shape, shape_of
 from numoe.engine.gguf import GgufFile
 from numoe.engine.models.config import ModelConfig
+from numoe.engine.numa import Pins, last_cpus
 from numoe.engine.progress import Progress
 from numoe.engine.weights import (
     CachedPages,
@@ -109,15 +111,16 @@ class ExpertShard:
     """Has a slice in shared memory, and serves requests until stopped.
 
     folder: of the server, where the slice is linked. key: of the slice; by default on no node, of the model's
-    files as they are now.
+    files as they are now. cpus: of the threads, one each, none to leave them where the system puts them.
     """
 
     def __init__(
         self, config: ModelConfig, gguf: GgufFile, mailbox: Mailbox, cut: ShardSlice,
         *, folder: Path, threads: int, threads_on_host: int, key: SliceKey | None = None,
+        cpus: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self._config, self._gguf, self._mailbox, self._cut, self._folder = config, gguf, mailbox, cut, folder
-        self._threads, self._spins = threads, handoff_spins(threads_on_host)
+        self._pins, self._threads, self._spins = Pins(cpus), threads, handoff_spins(threads_on_host)
         self._key = key or SliceKey(source=source_fingerprint(gguf.paths), cut=cut.name)
         self._plan = plan_slice(config, gguf, cut)
         self.nbytes = slice_bytes(self._plan)
@@ -134,7 +137,7 @@ class ExpertShard:
             reads = SharedReads.open(self._folder / "reads", self._cut.index, self._cut.count, len(self._plan))
         self._weights = open_tensors(
             self._key, self._gguf, self._packed_tensors(), self.progress,
-            threads=self._threads, pages=pages, reads=reads,
+            threads=self._threads, on_thread=self._pins.pin_next, pages=pages, reads=reads,
         )  # fmt: skip
         link_slice(self._folder, self._cut.name, self._weights)
         return self._weights
@@ -162,12 +165,21 @@ class ExpertShard:
         seen = int(self._mailbox.segment.array[REQUEST_SEQUENCE : REQUEST_SEQUENCE + 4].view(np.uint32)[0])
         self._running = [
             threading.Thread(
-                target=shard_loop, args=(address(self._record), i, seen), name=f"numoe-shard-{i}", daemon=True
+                target=self._serve, args=(i, seen), name=f"numoe-shard-{i}", daemon=True
             )
             for i in range(self._threads)
         ]
         for thread in self._running:
             thread.start()
+
+    def _serve(self, thread: int, seen: int) -> None:
+        self._pins.pin(thread)
+        shard_loop(address(self._record), thread, seen)
+
+    @property
+    def ran_on(self) -> list[int]:
+        """The processor that each thread ran on last."""
+        return last_cpus(thread.native_id for thread in self._running if thread.native_id is not None)
 
     def join(self) -> None:
         """Wait until the mailbox's owner has stopped the shards."""

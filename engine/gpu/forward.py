@@ -200,6 +200,16 @@ class GpuForward:
         experts, wait = int(words["experts"]) / 1e6, int(words["wait"]) / 1e6
         return {"attention": max(0.0, self._step_ms - experts - wait), "experts": experts, "wait": wait}
 
+    @property
+    def slice(self) -> None:
+        """The weights are in VRAM."""
+        return None
+
+    @property
+    def ran_on(self) -> tuple[int, ...]:
+        """No thread computes."""
+        return ()
+
     def attach_experts(self, folder: Path) -> None:
         """Map the shards' weights in `folder`, which are there now, to stream them for large batches."""
         if self._mailbox is not None and self._pairs is not None:

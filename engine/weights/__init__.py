@@ -12,8 +12,9 @@ from numoe.engine.weights.inventory import (
     verify_slice,
 )
 from numoe.engine.weights.loading import PackedTensor, load_tensors, open_tensors, slice_bytes
-from numoe.engine.weights.media import choose_medium
+from numoe.engine.weights.media import choose_medium, shm_medium
 from numoe.engine.weights.pages import CachedPages, SharedReads
+from numoe.engine.weights.report import SliceReport, SliceReporter
 from numoe.engine.weights.slices import SliceKey, WeightSlice, remove_slice
 from numoe.engine.weights.source import source_fingerprint
 
@@ -22,6 +23,8 @@ __all__ = [
     "PackedTensor",
     "SharedReads",
     "SliceKey",
+    "SliceReport",
+    "SliceReporter",
     "StoredSlice",
     "WeightSlice",
     "choose_medium",
@@ -33,6 +36,7 @@ __all__ = [
     "load_tensors",
     "open_tensors",
     "remove_slice",
+    "shm_medium",
     "slice_bytes",
     "source_fingerprint",
     "stored_slices",

@@ -32,8 +32,8 @@ _COMPLETE_AT: Final = 8
 class SliceHeader(msgspec.Struct, frozen=True, kw_only=True):
     """What a slice is: which part of which source, how it is laid out, and the checksum of the table of pieces.
 
-    source: its fingerprint. cut: the part. layout: the identity of the packed layout. node: the NUMA node
-    that the memory is bound to. medium: the kind of memory. read_bytes: of the source's files, in `seconds`.
+    source: its fingerprint. cut: the part. layout: the identity of the packed layout. nodes: see
+    `SliceKey`. medium: the kind of memory. read_bytes: of the source's files, in `seconds`.
     model: the path it was loaded from, for people.
     """
 
@@ -43,7 +43,7 @@ class SliceHeader(msgspec.Struct, frozen=True, kw_only=True):
     nbytes: int
     pieces: int
     checksum: bytes
-    node: int | None
+    nodes: tuple[int, ...]
     medium: str
     model: str
     read_bytes: int

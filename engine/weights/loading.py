@@ -125,7 +125,7 @@ def open_tensors(
             table,
             lambda checksum: SliceHeader(
                 source=key.source, cut=key.cut, layout=layout_identity(), nbytes=nbytes, pieces=len(pieces),
-                checksum=checksum, node=key.node, medium=medium, model=str(gguf.path),
+                checksum=checksum, nodes=key.nodes, medium=medium, model=str(gguf.path),
                 read_bytes=sum(stop - start for start, stop in (piece.source for piece in pieces)),
                 seconds=time.monotonic() - start,
             ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -17,6 +17,7 @@ SHM: Final = Path("/dev/shm")  # noqa: S108 - shared memory is what this is for
 _HUGE: Final = Path("/sys/kernel/mm/hugepages")
 _NODES: Final = Path("/sys/devices/system/node")
 _SHMEM_ENABLED: Final = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+_AVAILABLE: Final = ("MemFree", "Active(file)", "Inactive(file)", "SReclaimable")
 _UNITS: Final = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _HUGE_TMPFS: Final = ("always", "within_size", "advise")
 
@@ -29,15 +30,16 @@ class Medium:
     folder: Path
     page_bytes: int
 
-    def free_bytes(self, node: int | None = None) -> int:
-        """Bytes that are free in it, on a node if it has pages of its own there."""
+    def free_bytes(self, nodes: Sequence[int] = ()) -> int:
+        """Bytes that are free in it, on these nodes if any are given."""
         if self.kind != "hugetlbfs":
             status = os.statvfs(SHM)
-            return status.f_bavail * status.f_frsize
+            free = status.f_bavail * status.f_frsize
+            return min(free, sum(_available(node) for node in nodes)) if nodes else free
         name = f"hugepages-{self.page_bytes >> 10}kB"
         pages = _number(_HUGE / name / "free_hugepages") - _number(_HUGE / name / "resv_hugepages")
-        if node is not None and (of_node := _NODES / f"node{node}" / "hugepages" / name).is_dir():
-            pages = min(pages, _number(of_node / "free_hugepages"))
+        if nodes:
+            pages = min(pages, sum(_number(_NODES / f"node{n}" / "hugepages" / name / "free_hugepages") for n in nodes))
         return max(0, pages) * self.page_bytes
 
 
@@ -61,10 +63,10 @@ def is_private(folder: Path) -> bool:
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
 
 
-def choose_medium(nbytes: int, node: int | None = None) -> Medium:
+def choose_medium(nbytes: int, nodes: Sequence[int] = ()) -> Medium:
     """The best kind of memory that has room for a slice; plain pages if none has."""
     for medium in huge_media():
-        if medium.free_bytes(node) >= nbytes:
+        if medium.free_bytes(nodes) >= nbytes:
             return medium
     return shm_medium()
 
@@ -102,6 +104,16 @@ def _chosen(path: Path) -> str:
         return path.read_text().partition("[")[2].partition("]")[0]
     except OSError:
         return ""
+
+
+def _available(node: int) -> int:
+    """Bytes of a node's memory that are unused or hold files that can be dropped; any number without NUMA."""
+    try:
+        lines = (_NODES / f"node{node}" / "meminfo").read_text().splitlines()
+    except OSError:
+        return 1 << 62
+    values = {fields[2].rstrip(":"): int(fields[3]) for fields in map(str.split, lines) if len(fields) > 3}
+    return sum(1024 * values.get(name, 0) for name in _AVAILABLE)
 
 
 def _number(path: Path) -> int:

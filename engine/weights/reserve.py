@@ -23,18 +23,18 @@ _NO_ROOM: Final = (errno.ENOMEM, errno.EFAULT, errno.ENOSPC)
 
 def reserve(
     mapping: mmap.mmap, descriptor: int, path: Path, medium: Medium,
-    *, node: int | None, threads: int, on_thread: Callable[[], None],
+    *, nodes: tuple[int, ...], threads: int, on_thread: Callable[[], None],
 ) -> None:  # fmt: skip
     """Have every page of a new file's mapping, or raise ResourceError: a page that fails later is a bus error.
 
-    node: where the pages shall lie, None for anywhere. on_thread: run by each of the threads first.
+    nodes: where the pages shall lie, none for anywhere. on_thread: run by each of the threads first.
     """
     nbytes, view = len(mapping), ctypes.c_char.from_buffer(mapping)
     try:
         address = ctypes.addressof(view)
-        if node is not None:
+        if nodes:
             with contextlib.suppress(OSError):  # a kernel without NUMA
-                bind_memory(address, nbytes, node)
+                bind_memory(address, nbytes, *nodes)
         if medium.kind == "transparent":
             mapping.madvise(mmap.MADV_HUGEPAGE)
         with ThreadPoolExecutor(threads, thread_name_prefix="numoe-reserve", initializer=on_thread) as pool:
@@ -43,7 +43,7 @@ def reserve(
         if code == errno.EINVAL:  # before Linux 5.14
             code = _allocate(descriptor, nbytes)
         if code in _NO_ROOM:
-            raise no_room(path, nbytes, medium)
+            raise no_room(path, nbytes, medium, nodes)
         if code:
             raise ResourceError(f"{path}: {nbytes / 1e9:.2f} GB of memory cannot be had: {os.strerror(code)}")
     finally:
@@ -71,10 +71,12 @@ def _allocate(descriptor: int, nbytes: int) -> int:
     return 0
 
 
-def no_room(path: Path, nbytes: int, medium: Medium) -> ResourceError:
-    """What to say when a medium is full."""
+def no_room(path: Path, nbytes: int, medium: Medium, nodes: tuple[int, ...]) -> ResourceError:
+    """What to say when a medium, or the memory of the nodes, is full."""
+    where = f" on node {' and '.join(map(str, nodes))}" if nodes else ""
     return ResourceError(
-        f"shared memory has no room for {nbytes / 1e9:.2f} GB at {path} ({medium.free_bytes() / 1e9:.2f} GB free); "
+        f"shared memory has no room for {nbytes / 1e9:.2f} GB at {path} "
+        f"({medium.free_bytes(nodes) / 1e9:.2f} GB free{where}); "
         "see what lies there with `numoe weights list`, remove it with `numoe weights rm`, or enlarge it "
         "(mount -o remount,size=... /dev/shm; in a container --shm-size)"
     )

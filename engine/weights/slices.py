@@ -34,16 +34,19 @@ _HUGETLB_SUFFIX: Final = ".huge"
 
 @dataclass(frozen=True, kw_only=True)
 class SliceKey:
-    """Which slice: the fingerprint of the source, the part of it, and the NUMA node that it is bound to."""
+    """Which slice: the fingerprint of the source, the part of it, and the NUMA nodes that its memory is on.
+
+    nodes: one that it is bound to, several that it is spread over page by page, none for wherever it comes to lie.
+    """
 
     source: str
     cut: str
-    node: int | None = None
+    nodes: tuple[int, ...] = ()
 
     @property
     def path(self) -> Path:
         """Where it is, or will be."""
-        place = "" if self.node is None else f"-node{self.node}"
+        place = f"-node{'+'.join(map(str, self.nodes))}" if self.nodes else ""
         return weights_root() / self.source / f"{self.cut}{place}-{layout_identity()}"
 
 
@@ -63,7 +66,8 @@ class WeightSlice:
             os.close(mapped)
         self._file: npt.NDArray[np.uint8] = np.frombuffer(self.mapping, np.uint8)
         self.array = self._file[HEADER_BYTES : HEADER_BYTES + nbytes]
-        self.header = read_header(self._file)
+        # Of a new file nothing is touched before its memory is reserved.
+        self.header = None if medium else read_header(self._file)
 
     @classmethod
     def open(cls, path: Path, *, writable: bool = False) -> WeightSlice:
@@ -129,7 +133,7 @@ def open_slice(
                 return WeightSlice(path, descriptor, medium=None, nbytes=nbytes, writable=False)
         os.close(descriptor)  # its loader has failed or crashed, or it was removed meanwhile
     try:
-        reserve(found.mapping, descriptor, path, medium, node=key.node, threads=threads, on_thread=on_thread)
+        reserve(found.mapping, descriptor, path, medium, nodes=key.nodes, threads=threads, on_thread=on_thread)
     except BaseException:
         found.close()
         remove_slice(path)
@@ -154,10 +158,10 @@ def _open_or_create(key: SliceKey, nbytes: int) -> tuple[int, Medium | None]:
             if not is_unused_and_incomplete(path):
                 return os.open(path, os.O_RDWR), None
             unlink(path)
-        medium = choose_medium(nbytes, key.node)
-        if medium.free_bytes(key.node) < nbytes:
+        medium = choose_medium(nbytes, key.nodes)
+        if medium.free_bytes(key.nodes) < nbytes:
             remove_empty(path.parent)
-            raise no_room(path, nbytes, medium)
+            raise no_room(path, nbytes, medium, key.nodes)
         if medium.kind == "hugetlbfs":
             try:
                 make_private_folder(medium.folder)

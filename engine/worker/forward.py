@@ -41,9 +41,11 @@ from numoe.engine.gguf import GgufFile
 from numoe.engine.kv.pages import pages_for
 from numoe.engine.models.config import ModelConfig
 from numoe.engine.models.rope import rope_frequencies
+from numoe.engine.numa import Pins
 from numoe.engine.progress import Progress
 from numoe.engine.sampling import HostLogits
 from numoe.engine.scheduler import Batch
+from numoe.engine.weights import WeightSlice
 from numoe.engine.worker.buffers import Rows
 from numoe.engine.worker.kv_pool import KvPool
 from numoe.engine.worker.options import ForwardOptions
@@ -65,7 +67,7 @@ class CpuForward:
         self.pool = KvPool(config, options.n_pages, options.kv_type)
         self.pages = CpuPages(config, self.pool)
         self._step = record([0] * STEP_FIELDS)
-        self._team = ThreadTeam(options.threads, options.threads_on_host)
+        self._team = ThreadTeam(options.threads, options.threads_on_host, Pins(options.cpus))
         self._make_buffers()
         self._make_attention_buffers()
         self._body, self._head = Program(), Program()
@@ -116,6 +118,16 @@ class CpuForward:
     def times_ms(self) -> dict[str, float]:
         """Where the last step's time went, in milliseconds."""
         return {part: self._step[TIMES + i] / 1e6 for i, part in enumerate(PARTS)}
+
+    @property
+    def slice(self) -> WeightSlice | None:
+        """The weights in shared memory, None where they are the process's own."""
+        return self.weights.slice
+
+    @property
+    def ran_on(self) -> list[int]:
+        """The processor that each of the team's threads ran on last."""
+        return self._team.ran_on
 
     def close(self) -> None:
         """End the team's threads."""

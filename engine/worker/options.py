@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +11,7 @@ from numoe.engine.kv.port import PagePort
 from numoe.engine.models.config import ModelConfig
 from numoe.engine.sampling import StepLogits
 from numoe.engine.scheduler import Batch
-from numoe.engine.weights import CachedPages, SliceKey
+from numoe.engine.weights import CachedPages, SliceKey, WeightSlice
 from numoe.engine.worker.kv_pool import F16, KvType
 
 
@@ -35,7 +36,8 @@ class ForwardOptions:
     sequence at most. threads: of the team; threads_on_host: of all actors on this host together.
     shard_bound_s: how long a shard may show no sign of life. kv_type: of the KV cache. shared: where a CPU's
     weights lie, None for memory of the process. gpu_layers: of the layers with routed experts that many, the
-    first ones, have them on the GPU.
+    first ones, have them on the GPU. cpus: of the team's threads, one each, none to leave them where the
+    system puts them.
     """
 
     max_rows: int
@@ -48,6 +50,7 @@ class ForwardOptions:
     kv_type: KvType = F16
     shared: SharedWeights | None = None
     gpu_layers: int = 0
+    cpus: tuple[int, ...] = ()
 
 
 class Forward(Protocol):
@@ -72,6 +75,14 @@ class Forward(Protocol):
 
     def times_ms(self) -> dict[str, float]:
         """Where the last step's time went, in milliseconds: attention, experts, wait."""
+
+    @property
+    def slice(self) -> WeightSlice | None:
+        """The weights in shared memory, None where they are elsewhere."""
+
+    @property
+    def ran_on(self) -> Sequence[int]:
+        """The processor that each thread ran on last, none where a GPU computes."""
 
     def close(self) -> None:
         """Free what it holds."""

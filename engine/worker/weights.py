@@ -12,8 +12,9 @@ from numoe.engine.cpu.memory import address, align, aligned_bytes
 from numoe.engine.cpu.products import product_kernel, unpack_kernel
 from numoe.engine.formats import Shape, shape_of
 from numoe.engine.gguf import GgufFile
+from numoe.engine.numa import Pins
 from numoe.engine.progress import Progress
-from numoe.engine.weights import PackedTensor, link_slice, load_tensors, open_tensors, slice_bytes
+from numoe.engine.weights import PackedTensor, WeightSlice, link_slice, load_tensors, open_tensors, slice_bytes
 from numoe.engine.worker.options import ForwardOptions
 
 DENSE: Final = "dense"
@@ -57,15 +58,19 @@ class DenseWeights:
     """The tensors of the attention side, packed: one slice, in shared memory or in memory of its own."""
 
     def __init__(self, gguf: GgufFile, options: ForwardOptions, progress: Progress) -> None:
+        self.slice: WeightSlice | None = None
         tensors, threads, shared = plan_dense(gguf), options.threads, options.shared
         self.nbytes = slice_bytes(tensors)
         if shared is None:
             array = aligned_bytes(self.nbytes)
             load_tensors(array, tensors, progress, threads)
         else:
-            self._slice = open_tensors(shared.key, gguf, tensors, progress, threads=threads, pages=shared.pages)
-            link_slice(shared.folder, DENSE, self._slice)
-            array = self._slice.array
+            self.slice = open_tensors(
+                shared.key, gguf, tensors, progress,
+                threads=threads, on_thread=Pins(options.cpus).pin_next, pages=shared.pages,
+            )  # fmt: skip
+            link_slice(shared.folder, DENSE, self.slice)
+            array = self.slice.array
         self.matrices: dict[str, PackedMatrix] = {}
         self.vectors: dict[str, npt.NDArray[np.float32]] = {}
         for packed in tensors:

@@ -128,7 +128,19 @@ def test_status_shows_the_server() -> None:
             "numa_node": 0,
             "state": "restarting",
             "restarts": 3,
+            "placement": {
+                "nodes": [0],
+                "weight_bytes": 3_000_000_000,
+                "memory": "hugetlbfs",
+                "on_nodes": 0.995,
+                "huge_pages": 1.0,
+                "cpus": [0, 1, 2, 5],
+                "ran_on": [0, 1, 2, 5],
+                "read_bytes_per_second": 40e9,
+                "bandwidth_share": 0.8,
+            },
         }
+        assert values["actors"][0]["placement"] is None
         assert values["actors"][0]["numa_node"] is None
         assert (values["state"], values["model"]["name"]) == ("serving", "tiny")
         assert values["slots"][0].items() >= {"slot": 0, "state": "decode", "request_id": "a", "tokens": 7}.items()
@@ -136,6 +148,8 @@ def test_status_shows_the_server() -> None:
         assert values["queue"] == {"queued": 2, "limit": 64, "streams": 0}
         shown = server.run("status")
         assert shown.returncode == 0
+        for word in ("hugetlbfs", "0-2,5", "40.0", "80 %"):
+            assert word in shown.stdout
         for word in ("gateway", "expert", "restarting", "tiny", "decode", "s3://bucket/prefix", "it is full", "chat"):
             assert word in shown.stdout
 

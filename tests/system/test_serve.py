@@ -59,6 +59,20 @@ def test_status_lists_every_actor_as_its_own_process(server: ServeProcess) -> No
         assert actor["host"] == os.uname().nodename
 
 
+def test_status_tells_where_weights_lie_and_threads_run(server: ServeProcess) -> None:
+    server.generate("Once upon a time", "--max-tokens", 5, "--temperature", 0, "--ignore-eos")
+    actors = server.status()["actors"]
+    assert all((actor["placement"] is None) == (actor["role"] in ("gateway", "supervisor")) for actor in actors)
+    for actor in actors:
+        if actor["role"] in ("attention", "expert"):
+            placement = actor["placement"]
+            assert placement["weight_bytes"] > 0
+            assert placement["on_nodes"] is None or placement["on_nodes"] >= 0.99
+            assert (actor["role"] == "expert") == bool(placement["read_bytes_per_second"])
+            assert placement["ran_on"]
+            assert placement["cpus"] in ([], placement["ran_on"])
+
+
 def test_generate_prints_one_json_object(server: ServeProcess) -> None:
     answer = server.generate("Once upon a time", "--max-tokens", 5, "--temperature", 0, "--ignore-eos")
     assert answer["finish_reason"] == "length"

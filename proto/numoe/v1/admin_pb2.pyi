@@ -243,6 +243,7 @@ class ActorStatus(_message.Message):
     NUMA_NODE_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     RESTARTS_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
     role: Global___ActorRole.ValueType
     pid: _builtins.int
     host: _builtins.str
@@ -252,6 +253,10 @@ class ActorStatus(_message.Message):
     state: Global___ActorState.ValueType
     restarts: _builtins.int
     """How often it has been replaced since the server started."""
+    @_builtins.property
+    def placement(self) -> Global___Placement:
+        """Absent: it computes nothing on CPUs, or did not answer in time."""
+
     def __init__(
         self,
         *,
@@ -261,16 +266,93 @@ class ActorStatus(_message.Message):
         numa_node: _builtins.int | None = ...,
         state: Global___ActorState.ValueType = ...,
         restarts: _builtins.int = ...,
+        placement: Global___Placement | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_numa_node", b"_numa_node", "numa_node", b"numa_node"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_numa_node", b"_numa_node", "_placement", b"_placement", "numa_node", b"numa_node", "placement", b"placement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_numa_node", b"_numa_node", "host", b"host", "numa_node", b"numa_node", "pid", b"pid", "restarts", b"restarts", "role", b"role", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_numa_node", b"_numa_node", "_placement", b"_placement", "host", b"host", "numa_node", b"numa_node", "pid", b"pid", "placement", b"placement", "restarts", b"restarts", "role", b"role", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__numa_node: _TypeAlias = _typing.Literal["numa_node"]  # noqa: Y015
     _WhichOneofArgType__numa_node: _TypeAlias = _typing.Literal["_numa_node", b"_numa_node"]  # noqa: Y015
+    _WhichOneofReturnType__placement: _TypeAlias = _typing.Literal["placement"]  # noqa: Y015
+    _WhichOneofArgType__placement: _TypeAlias = _typing.Literal["_placement", b"_placement"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__numa_node) -> _WhichOneofReturnType__numa_node | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__placement) -> _WhichOneofReturnType__placement | None: ...
 
 Global___ActorStatus: _TypeAlias = ActorStatus  # noqa: Y015
+
+@_typing.final
+class Placement(_message.Message):
+    """Where a process's weights lie and its threads run, as measured."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODES_FIELD_NUMBER: _builtins.int
+    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
+    ON_NODES_FIELD_NUMBER: _builtins.int
+    HUGE_PAGES_FIELD_NUMBER: _builtins.int
+    CPUS_FIELD_NUMBER: _builtins.int
+    RAN_ON_FIELD_NUMBER: _builtins.int
+    READ_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    BANDWIDTH_SHARE_FIELD_NUMBER: _builtins.int
+    weight_bytes: _builtins.int
+    """Bytes of its weights in shared memory."""
+    memory: _builtins.str
+    """The kind of that memory: "hugetlbfs", "transparent" (huge pages) or "plain"."""
+    on_nodes: _builtins.float
+    """The part of the pages that lie on its nodes. Absent: they may lie anywhere, or the kernel does not tell."""
+    huge_pages: _builtins.float
+    """The part of its memory in huge pages."""
+    read_bytes_per_second: _builtins.float
+    """Bytes of weights that decode steps read in a second of reading. Absent: no step has run, or it reads none."""
+    bandwidth_share: _builtins.float
+    """The part of what was measured that its nodes' cores can read. Absent: nothing was (`numoe doctor` measures)."""
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The NUMA nodes that it is bound to. Empty: none."""
+
+    @_builtins.property
+    def cpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The processor of each thread. Empty: threads are not pinned."""
+
+    @_builtins.property
+    def ran_on(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The processor that each thread ran on last."""
+
+    def __init__(
+        self,
+        *,
+        nodes: _abc.Iterable[_builtins.int] | None = ...,
+        weight_bytes: _builtins.int = ...,
+        memory: _builtins.str = ...,
+        on_nodes: _builtins.float | None = ...,
+        huge_pages: _builtins.float = ...,
+        cpus: _abc.Iterable[_builtins.int] | None = ...,
+        ran_on: _abc.Iterable[_builtins.int] | None = ...,
+        read_bytes_per_second: _builtins.float | None = ...,
+        bandwidth_share: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bandwidth_share", b"_bandwidth_share", "_on_nodes", b"_on_nodes", "_read_bytes_per_second", b"_read_bytes_per_second", "bandwidth_share", b"bandwidth_share", "on_nodes", b"on_nodes", "read_bytes_per_second", b"read_bytes_per_second"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bandwidth_share", b"_bandwidth_share", "_on_nodes", b"_on_nodes", "_read_bytes_per_second", b"_read_bytes_per_second", "bandwidth_share", b"bandwidth_share", "cpus", b"cpus", "huge_pages", b"huge_pages", "memory", b"memory", "nodes", b"nodes", "on_nodes", b"on_nodes", "ran_on", b"ran_on", "read_bytes_per_second", b"read_bytes_per_second", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__bandwidth_share: _TypeAlias = _typing.Literal["bandwidth_share"]  # noqa: Y015
+    _WhichOneofArgType__bandwidth_share: _TypeAlias = _typing.Literal["_bandwidth_share", b"_bandwidth_share"]  # noqa: Y015
+    _WhichOneofReturnType__on_nodes: _TypeAlias = _typing.Literal["on_nodes"]  # noqa: Y015
+    _WhichOneofArgType__on_nodes: _TypeAlias = _typing.Literal["_on_nodes", b"_on_nodes"]  # noqa: Y015
+    _WhichOneofReturnType__read_bytes_per_second: _TypeAlias = _typing.Literal["read_bytes_per_second"]  # noqa: Y015
+    _WhichOneofArgType__read_bytes_per_second: _TypeAlias = _typing.Literal["_read_bytes_per_second", b"_read_bytes_per_second"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bandwidth_share) -> _WhichOneofReturnType__bandwidth_share | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__on_nodes) -> _WhichOneofReturnType__on_nodes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__read_bytes_per_second) -> _WhichOneofReturnType__read_bytes_per_second | None: ...
+
+Global___Placement: _TypeAlias = Placement  # noqa: Y015
 
 @_typing.final
 class SlotStatus(_message.Message):

@@ -22,6 +22,7 @@ from numoe.actors.gateway import (
     build_server,
 )
 from numoe.cluster.endpoint import Endpoint
+from numoe.cluster.status import ActorPlacement
 from numoe.engine.errors import InputError
 from numoe.engine.requests import (
     CacheStatus,
@@ -45,6 +46,10 @@ BOS, EOG, CONTROL = 256, 257, 258
 VOCAB_SIZE = 300
 CONTEXT = 64
 TIMINGS = Timings(queued_ms=1.0, prefill_ms=20.0, decode_ms=30.0)
+PLACEMENT = ActorPlacement(
+    nodes=(0,), weight_bytes=3_000_000_000, medium="hugetlbfs", on_nodes=0.995, huge=1.0, cpus=(0, 1, 2, 5),
+    ran_on=(0, 1, 2, 5), read_bytes_s=40e9, bandwidth_share=0.8,
+)  # fmt: skip
 
 
 class ByteTokenizer:
@@ -148,7 +153,9 @@ class ScriptedEngine(ScriptedSlots):
     async def actors(self) -> list[ActorInfo]:
         return [
             ActorInfo(role="gateway", pid=1, host="box"),
-            ActorInfo(role="expert", pid=2, host="box", numa_node=0, state="restarting", restarts=3),
+            ActorInfo(
+                role="expert", pid=2, host="box", numa_node=0, state="restarting", restarts=3, placement=PLACEMENT
+            ),
         ]
 
     async def shutdown(self, deadline_s: float, *, keep_weights: bool) -> None:
