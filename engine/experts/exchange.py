@@ -18,7 +18,7 @@ from numoe.engine.cpu.program import (
     kernel,
     share,
 )
-from numoe.engine.cpu.sync import atomic_load, await_counter, is_before, now_ns, publish
+from numoe.engine.cpu.sync import atomic_load, atomic_store, await_counter, futex_wake_all, is_before, now_ns
 from numoe.engine.experts.mailbox import (
     BUSY_NS,
     HEARTBEAT,
@@ -77,6 +77,16 @@ def route_softmax(args: int, step: int, thread: int, threads: int) -> None:
             v.store_scalar_f32(weights + 4 * choice, np.float32(weight))
 
 
+@inline
+def publish_request(mailbox: int, shards: int, sequence: int) -> None:
+    """Make a request valid, and wake the shards' threads if any of them is parked."""
+    atomic_store(mailbox + REQUEST_SEQUENCE, np.uint32(sequence))
+    for shard in range(shards):
+        if atomic_load(mailbox + SHARDS_AT + SHARD_STRIDE * shard + REQUEST_SLEEPERS) != 0:
+            futex_wake_all(mailbox + REQUEST_SEQUENCE)
+            break
+
+
 @kernel
 def exchange(args: int, step: int, thread: int, threads: int) -> None:  # noqa: ARG001
     """Publish the request and wait for every shard; the first thread does, the others go to the barrier.
@@ -91,7 +101,7 @@ def exchange(args: int, step: int, thread: int, threads: int) -> None:  # noqa: 
     set_field(step, SEQUENCE, np.intp(wanted))
     set_field(mailbox + REQUEST_LAYER, 0, field(args, 1))
     set_field(mailbox + REQUEST_ROWS, 0, field(step, N_ROWS))
-    publish(mailbox + REQUEST_SEQUENCE, mailbox + REQUEST_SLEEPERS, wanted)
+    publish_request(mailbox, field(args, 2), wanted)
     busy = np.intp(0)
     for shard in range(field(args, 2)):
         reply = mailbox + SHARDS_AT + SHARD_STRIDE * shard

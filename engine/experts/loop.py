@@ -237,12 +237,12 @@ def _is_stepping(mailbox: int) -> bool:
 
 
 @inline
-def _await_request(mailbox: int, wanted: int, spins: int) -> bool:
+def _await_request(mailbox: int, reply: int, wanted: int, spins: int) -> bool:
     """Wait until request `wanted` is there; False if it is not after _POLL_NS asleep.
 
     As `await_counter`, but nobody sleeps while a step is under way whose worker cannot wake them.
     """
-    request, sleepers, left = mailbox + REQUEST_SEQUENCE, mailbox + REQUEST_SLEEPERS, spins
+    request, sleepers, left = mailbox + REQUEST_SEQUENCE, reply + REQUEST_SLEEPERS, spins
     while left > 0 or _is_stepping(mailbox):
         if not is_before(atomic_load(request), wanted):
             return True
@@ -268,7 +268,7 @@ def shard_loop(shard: int, thread: int, seen: int) -> None:
     scratch = field(shard, SCRATCH) + thread * field(shard, SCRATCH_BYTES)
     wanted = np.uint32(seen) + np.uint32(1)
     while atomic_load(mailbox + STOP) == 0:
-        if not _await_request(mailbox, wanted, field(shard, SPINS)):
+        if not _await_request(mailbox, reply, wanted, field(shard, SPINS)):
             if thread == 0:
                 atomic_add(reply + HEARTBEAT, np.uint32(1))
             continue

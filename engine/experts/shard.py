@@ -14,7 +14,7 @@ from numoe.engine.cpu.products import product_kernel
 from numoe.engine.cpu.rows import activation_bytes
 from numoe.engine.cpu.sync import BARRIER_BYTES, CACHE_LINE, handoff_spins
 from numoe.engine.experts.loop import LAYER_FIELDS, SHARD_FIELDS, shard_loop
-from numoe.engine.experts.mailbox import REQUEST_SEQUENCE, Mailbox
+from numoe.engine.experts.mailbox import REQUEST_SLEEPERS, Mailbox
 from numoe.engine.formats import BLOCK_COLS, Shape, shape_of
 from numoe.engine.gguf import GgufFile
 from numoe.engine.models.config import ModelConfig
@@ -159,10 +159,12 @@ class ExpertShard:
         return found
 
     def start(self) -> None:
-        """Start the threads that serve the mailbox."""
+        """Start the threads that serve the mailbox, behind the last request that this shard's predecessor answered."""
         self._layers = self._layer_records()
         self._record = self._shard_record()
-        seen = int(self._mailbox.segment.array[REQUEST_SEQUENCE : REQUEST_SEQUENCE + 4].view(np.uint32)[0])
+        reply = self._mailbox.layout.reply(self._cut.index)
+        seen = int(self._mailbox.word(reply)[0])
+        self._mailbox.word(reply + REQUEST_SLEEPERS)[0] = 0
         self._running = [
             threading.Thread(
                 target=self._serve, args=(i, seen), name=f"numoe-shard-{i}", daemon=True

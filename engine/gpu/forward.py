@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from numoe.engine.errors import UnavailableError
-from numoe.engine.experts.mailbox import Mailbox
+from numoe.engine.experts.mailbox import LateShardError, Mailbox
 from numoe.engine.experts.shard import ShardSlice, expert_layers
 from numoe.engine.formats.layouts import packed_format
 from numoe.engine.gguf import GgufFile
@@ -121,9 +121,11 @@ class GpuForward:
     def run(self, batch: Batch) -> StepLogits:
         """The logits [len(batch.logit_rows), vocab] of a batch; its rows go to the KV pool.
 
-        They are good until the next call. UnavailableError names a shard that did not answer; the
+        They are good until the next call. LateShardError names a shard that did not answer; the
         batch may then be run again.
         """
+        if self._mailbox is not None:
+            self._mailbox.await_replies(self.options.shard_bound_s)
         start, rows = time.perf_counter(), len(batch.token_ids)
         if rows > GRAPH_ROWS and self.stream_from is None:
             self.stream_from = self._measure_threshold()
@@ -138,8 +140,7 @@ class GpuForward:
                 self._mailbox.wake_shards()  # while the first layer's attention runs
             self._done.record(self._stream)
             self._done.synchronize()
-        if failed := int(self._words()["failed"]):
-            raise UnavailableError(f"expert shard {failed - 1} did not answer; it may have died")
+        self._check_answered()
         if rows <= GRAPH_ROWS:
             logits: StepLogits = self._logits.of_rows(batch.logit_rows)
         else:
@@ -189,6 +190,11 @@ class GpuForward:
     def _copy_words(self) -> None:
         if self._exchange is not None:
             self._exchange.words.data.copy_to_host_async(self._host_words.ctypes.data, self._host_words.nbytes)
+
+    def _check_answered(self) -> None:
+        """Raise LateShardError if the copied words say that a shard was late."""
+        if failed := int(self._words()["failed"]):
+            raise LateShardError(failed - 1)
 
     def _words(self) -> np.void:
         words: np.void = self._host_words.view(WORDS)[0]
@@ -319,7 +325,9 @@ class GpuForward:
         self._exchange.begin()
         self._exchange.send(self._normed, self._router, rows, self._first_expert_layer)
         self._exchange.receive(self._x, rows)
+        self._copy_words()
         self._stream.synchronize()
+        self._check_answered()
         return time.perf_counter() - start
 
 

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Final
 
@@ -158,6 +158,20 @@ class Scheduler:
                 ends = rows == sequence.pending
                 parts.append(Part(sequence, sequence.computed, rows, logits if ends else None))
                 logits += ends
+        return Batch.of(parts, self._page_tables) if parts else None
+
+    def again(self, batch: Batch) -> Batch | None:
+        """A batch whose forward pass failed, without the requests that have ended meanwhile; None if all have.
+
+        Deadlines count while a batch waits to be run again, too.
+        """
+        self._expire(time.time())
+        parts, logits = [], 0
+        for part in batch.parts:
+            if part.sequence.slot is not None:
+                wanted = part.logit_row is not None
+                parts.append(replace(part, logit_row=logits if wanted else None))
+                logits += wanted
         return Batch.of(parts, self._page_tables) if parts else None
 
     def sample(self, batch: Batch, logits: StepLogits) -> list[SampledToken | NumoeError]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from numoe.engine.cache import RamTier, StoreTier
 from numoe.engine.errors import InputError, NumoeError, UnavailableError
+from numoe.engine.experts.mailbox import LateShardError
 from numoe.engine.kv.pages import pages_for
 from numoe.engine.requests import Event, FinishReason, GenerationRequest, WorkerStatus
 from numoe.engine.sampling import StepLogits
@@ -23,8 +25,10 @@ from numoe.engine.worker.caching import Caching
 from numoe.engine.worker.options import Forward
 from numoe.engine.worker.slots import SlotOperations
 
+logger = logging.getLogger(__name__)
 _REMEMBERED = 1024  # requests
 _DEADLINES_S = 0.1  # how exactly deadlines are kept while nothing can run
+_RETURN_S = 60.0  # in which a shard must be there again
 _Value = TypeVar("_Value")
 
 
@@ -147,7 +151,10 @@ class Engine:
     def _step(self, batch: Batch) -> list[Event]:
         start = time.perf_counter()
         try:
-            logits = self._forward.run(batch)
+            if (done := self._run(batch)) is None:
+                with self._changed:
+                    return self._scheduler.drain_events()
+            batch, logits = done
             sampling = time.perf_counter()
             sampled = self._scheduler.sample(batch, logits)
         except NumoeError as error:
@@ -163,6 +170,27 @@ class Engine:
                 "total": 1e3 * (end - start),
             }
             return self._scheduler.drain_events()
+
+    def _run(self, batch: Batch) -> tuple[Batch, StepLogits] | None:
+        """The logits of a batch, and what of it was still wanted; None if nothing was.
+
+        It is run again while a shard is late: another may take its place. LateShardError if none does.
+        """
+        until = time.monotonic() + _RETURN_S
+        while True:
+            try:
+                return batch, self._forward.run(batch)
+            except LateShardError as error:
+                logger.warning("%s; the step is run again", error)
+                with self._changed:
+                    if self._stopping or time.monotonic() > until:
+                        raise
+                    left = self._scheduler.again(batch)
+                    events = self._scheduler.drain_events()
+            self._send(events)
+            if left is None:
+                return None
+            batch = left
 
     def logits(self, token_ids: Sequence[int], chunk: int) -> Iterator[npt.NDArray[np.float32]]:
         """The logits of every position of a sequence, float32 [up to `chunk`, vocab] at a time.

@@ -25,6 +25,7 @@ from numoe.engine.cpu.program import (
     PAGE_TABLES,
     PARTS,
     POSITIONS,
+    SEQUENCE,
     SLOTS,
     STEP_FIELDS,
     TIMES,
@@ -36,7 +37,7 @@ from numoe.engine.cpu.sync import handoff_spins
 from numoe.engine.cpu.team import ThreadTeam
 from numoe.engine.errors import UnavailableError
 from numoe.engine.experts import exchange
-from numoe.engine.experts.mailbox import Mailbox
+from numoe.engine.experts.mailbox import LateShardError, Mailbox
 from numoe.engine.gguf import GgufFile
 from numoe.engine.kv.pages import pages_for
 from numoe.engine.models.config import ModelConfig
@@ -67,6 +68,8 @@ class CpuForward:
         self.pool = KvPool(config, options.n_pages, options.kv_type)
         self.pages = CpuPages(config, self.pool)
         self._step = record([0] * STEP_FIELDS)
+        if mailbox is not None:
+            self._step[SEQUENCE] = mailbox.sequence
         self._team = ThreadTeam(options.threads, options.threads_on_host, Pins(options.cpus))
         self._make_buffers()
         self._make_attention_buffers()
@@ -80,9 +83,11 @@ class CpuForward:
     def run(self, batch: Batch) -> HostLogits:
         """The logits [len(batch.logit_rows), vocab] of a batch; its rows go to the KV pool.
 
-        They are good until the next call. UnavailableError names a shard that did not
+        They are good until the next call. LateShardError names a shard that did not
         answer; the batch may then be run again.
         """
+        if self._mailbox is not None:
+            self._mailbox.await_replies(self.options.shard_bound_s)
         step = self._step
         step[TIMES:] = 0
         step[FAILED] = 0
@@ -97,7 +102,7 @@ class CpuForward:
         step[PAGE_TABLE_STRIDE] = batch.page_tables.strides[0]
         self._team.run(self._body_table, step)
         if step[FAILED]:
-            raise UnavailableError(f"expert shard {int(step[FAILED]) - 1} did not answer; it may have died")
+            raise LateShardError(int(step[FAILED]) - 1)
         return HostLogits(self._logits(np.ascontiguousarray(batch.logit_rows, np.int32)))
 
     def _logits(self, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:

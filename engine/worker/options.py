@@ -46,7 +46,7 @@ class ForwardOptions:
     context: int
     threads: int
     threads_on_host: int
-    shard_bound_s: float = 5.0
+    shard_bound_s: float = 0.75
     kv_type: KvType = F16
     shared: SharedWeights | None = None
     gpu_layers: int = 0
@@ -66,7 +66,7 @@ class Forward(Protocol):
     def run(self, batch: Batch) -> StepLogits:
         """The logits [len(batch.logit_rows), vocab] of a batch; its rows go to the KV pool.
 
-        They are good until the next call. UnavailableError names a shard that did not
+        They are good until the next call. LateShardError names a shard that did not
         answer; the batch may then be run again.
         """
 

@@ -9,13 +9,12 @@ import numpy as np
 
 from numoe.deploy.commands.bench.stand import Stand
 from numoe.engine import shm
-from numoe.engine.cpu.sync import await_counter, publish
+from numoe.engine.cpu.sync import await_counter
+from numoe.engine.experts.exchange import publish_request
 from numoe.engine.experts.mailbox import (
     REPLY_SLEEPERS,
     REQUEST_LAYER,
     REQUEST_ROWS,
-    REQUEST_SEQUENCE,
-    REQUEST_SLEEPERS,
     Mailbox,
     MailboxLayout,
 )
@@ -42,7 +41,7 @@ class Client:
         array[REQUEST_LAYER : REQUEST_LAYER + 8].view(np.int64)[0] = layer
         array[REQUEST_ROWS : REQUEST_ROWS + 8].view(np.int64)[0] = len(ids)
         self._sequence += 1
-        publish(base + REQUEST_SEQUENCE, base + REQUEST_SLEEPERS, np.uint32(self._sequence))
+        publish_request(base, layout.shards, self._sequence)
         reply = base + layout.reply(0)
         while not await_counter(reply, reply + REPLY_SLEEPERS, np.uint32(self._sequence), 0, _PARK_NS):
             pass

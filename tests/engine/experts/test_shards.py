@@ -14,15 +14,18 @@ import pytest
 from numoe.engine import shm
 from numoe.engine.cpu.memory import address
 from numoe.engine.cpu.rows import quantize_reference, quantize_row
-from numoe.engine.cpu.sync import publish
 from numoe.engine.errors import UnavailableError
+from numoe.engine.experts.exchange import publish_request
 from numoe.engine.experts.mailbox import (
     HEARTBEAT,
+    REPLY_SLEEPERS,
     REQUEST_LAYER,
     REQUEST_ROWS,
     REQUEST_SEQUENCE,
     REQUEST_SLEEPERS,
     STEP_START,
+    STEPPING,
+    LateShardError,
     Mailbox,
     MailboxLayout,
 )
@@ -77,7 +80,7 @@ class Client:
         self.mailbox.partials()[:] = np.nan
         self.sequence = (self.sequence + 1) % 2**32
         base = self.mailbox.base
-        publish(base + REQUEST_SEQUENCE, base + REQUEST_SLEEPERS, np.uint32(self.sequence))
+        publish_request(base, layout.shards, self.sequence)
         for shard in range(layout.shards):
             at = layout.reply(shard)
             while self._region(at, 4).view(np.uint32)[0] != self.sequence:
@@ -91,7 +94,8 @@ def running(model: Path, shards: int, threads: int = 2, sequence: int = 0) -> It
     with GgufFile.open(model) as gguf:
         config = ModelConfig.from_gguf(gguf)
         mailbox = Mailbox.create(str(folder / "mailbox"), MailboxLayout(shards, MAX_ROWS, USED, HIDDEN))
-        mailbox.segment.array[REQUEST_SEQUENCE : REQUEST_SEQUENCE + 4].view(np.uint32)[0] = sequence
+        mailbox.word(REQUEST_SEQUENCE)[0] = sequence
+        mailbox.shard_words(0)[:] = sequence
         crew = []
         for index in range(shards):
             cut = ShardSlice(index, shards)
@@ -199,6 +203,43 @@ def test_a_mailbox_of_another_layout_is_not_attached(model: Path) -> None:
         same.close()
 
 
+def test_a_shard_that_takes_a_dead_ones_place_answers_the_request_under_way(model: Path) -> None:
+    """The dead one's words stay in the mailbox: its last reply, and sleepers that nobody will wake."""
+    x, ids, weights = case(7, seed=3)
+    with running(model, shards=2) as client:
+        want = client.ask(x, ids, weights)
+        box = client.mailbox
+        box.shard_words(0)[1] -= 1  # as if shard 1 had died over this request
+        box.partials()[1] = np.nan
+        box.shard_words(REQUEST_SLEEPERS)[1] = 7
+        with GgufFile.open(model) as gguf:
+            folder = Path(box.segment.path).parent
+            cut = ShardSlice(1, 2)
+            successor = ExpertShard(
+                ModelConfig.from_gguf(gguf), gguf, box, cut, folder=folder, threads=2, threads_on_host=99
+            )
+            successor.load()
+        with pytest.raises(LateShardError, match="shard 1"):
+            box.await_replies(0.05)
+        successor.start()
+        box.await_replies(10)
+        assert np.array_equal(box.partials()[:, :7], want)
+        assert box.shard_words(REQUEST_SLEEPERS)[1] <= 4
+        box.stop_shards()
+        successor.join()
+        successor.close()
+
+
+def test_a_worker_that_takes_anothers_place_forgets_its_waiters_and_its_step(model: Path) -> None:
+    with running(model, shards=2) as client:
+        box = client.mailbox
+        box.shard_words(REPLY_SLEEPERS)[:] = 3
+        box.begin_step()
+        box.take_over()
+        assert not box.shard_words(REPLY_SLEEPERS).any()
+        assert not box.word(STEPPING).any()
+
+
 def test_regions_of_a_mailbox_do_not_overlap() -> None:
     layout = MailboxLayout(3, 17, 8, 256)
     starts = [layout.reply(0), layout.ids, layout.weights, layout.q8_rows, layout.f32_rows, layout.partials]
@@ -223,20 +264,20 @@ def test_a_worker_that_cannot_wake_anybody_finds_the_shards_awake(model: Path) -
     """As a GPU does it: a step begins, whoever sleeps is woken, and requests are only written."""
     with running(model, shards=2) as client:
         box, words = client.mailbox, client.mailbox.segment.array
-        sleepers = words[REQUEST_SLEEPERS : REQUEST_SLEEPERS + 4].view(np.uint32)
-        while sleepers[0] < 4:  # two threads a shard
+        sleepers = box.shard_words(REQUEST_SLEEPERS)
+        while sleepers.sum() < 4:  # two threads a shard
             time.sleep(0.01)
         box.begin_step()
-        while sleepers[0]:  # one call gives up after a moment: threads may have no processor
+        while sleepers.any():  # one call gives up after a moment: threads may have no processor
             box.wake_shards()
         time.sleep(0.1)
-        assert sleepers[0] == 0, "they spin"
+        assert not sleepers.any(), "they spin"
         box.end_step()
-        while sleepers[0] < 4:
+        while sleepers.sum() < 4:
             time.sleep(0.01)
         box.begin_step()
         words[STEP_START : STEP_START + 8].view(np.int64)[0] -= 60_000_000_000  # whose worker has died long ago
         box.wake_shards()
         time.sleep(0.3)
-        assert sleepers[0] > 0, "they sleep"
+        assert sleepers.any(), "they sleep"
         box.end_step()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from numoe.engine.errors import InputError, ResourceError, UnavailableError
+from numoe.engine.experts.mailbox import LateShardError
 from numoe.engine.requests import Finished, GenerationRequest, PrefillProgress, Started, TokenGenerated
 from numoe.engine.sampling import HostLogits
 from numoe.engine.scheduler import Scheduler, SchedulerConfig
@@ -338,6 +339,54 @@ def test_a_failed_step_of_a_request_that_left_is_no_news(loop):
     loop.out.wait_for("b")
     assert [type(event) for event in loop.out.of("a")] == [Started, Finished]
     assert loop.out.ends() == {"a": "cancelled", "b": "length"}
+
+
+def test_a_step_is_run_again_until_the_late_shard_is_back(loop):
+    loop.forward.errors = [LateShardError(1), LateShardError(0)]
+    loop.engine.submit(request("a", [3], 4))
+    loop.out.wait_for("a")
+    assert loop.out.tokens("a") == [4, 5, 6, 7]
+    assert loop.forward.steps == 4 + 2
+
+
+def test_requests_that_end_while_a_shard_is_late_are_left_out_of_the_next_attempt(make):
+    loop = make(slots=3)
+    loop.hold()
+    for name, deadline in (("gone", None), ("late", time.time() + 0.05), ("stays", None)):
+        loop.engine.submit(request(name, [3, 4], 2, deadline=deadline))
+    loop.forward.errors = [LateShardError(1)]
+    loop.start()
+    loop.wait_until_held()
+    loop.engine.abort("gone")
+    time.sleep(0.1)
+    loop.release()
+    loop.out.wait_for("gone", "late", "stays")
+    assert loop.out.ends() == {"gone": "cancelled", "late": "deadline", "stays": "length"}
+    assert loop.out.tokens("stays") == [5, 6]
+    assert loop.out.tokens("gone") == loop.out.tokens("late") == []
+
+
+def test_nobody_fails_where_all_of_a_late_step_have_left(make):
+    loop = make(slots=1).start()
+    loop.hold()
+    loop.forward.errors = [LateShardError(1)]
+    loop.engine.submit(request("gone", [3], 4))
+    loop.wait_until_held()
+    loop.engine.submit(request("waits", [7], 2))
+    loop.engine.abort("gone")
+    loop.release()
+    loop.out.wait_for("waits")
+    assert loop.out.tokens("waits") == [8, 9]
+
+
+def test_stop_does_not_wait_for_a_late_shard(make):
+    loop = make().start()
+    loop.forward.errors = [LateShardError(1)] * 1000
+    loop.engine.submit(request("a", [3], 4))
+    loop.wait_until_held()
+    loop.engine.stop()
+    loop.join()
+    assert loop.out.ends() == {"a": "unavailable"}
 
 
 def test_a_bug_ends_the_loop_aloud_and_stop_still_returns(loop):
