@@ -14,6 +14,7 @@ from numoe.actors.placement import describe
 from numoe.cluster.plan import Plan
 from numoe.cluster.status import ActorPlacement
 from numoe.engine.errors import NumoeError
+from numoe.engine.progress import Progress
 from numoe.engine.requests import Event, GenerationRequest, SlotReport, SnapshotInfo, WorkerStatus
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from numoe.engine.worker.options import Forward
 
 logger = logging.getLogger(__name__)
+
+_GPU_SHARD_BOUND_S = 0.8  # nobody is served by a GPU that waits for a shard which has died
 
 
 class AttentionActor:
@@ -45,7 +48,6 @@ class AttentionActor:
         """Load everything but the experts and build the forward pass."""
         from numoe.engine.gguf import GgufFile
         from numoe.engine.models.config import ModelConfig
-        from numoe.engine.progress import Progress
         from numoe.engine.scheduler import Scheduler, SchedulerConfig
         from numoe.engine.store.portable import kv_type_name
         from numoe.engine.weights import CachedPages, SliceReporter
@@ -64,6 +66,7 @@ class AttentionActor:
             shared=None if plan.gpu else SharedWeights(folder, plan.dense_slice, CachedPages.load(folder)),
             gpu_layers=plan.gpu_layers,
             cpus=plan.attention.cpus,
+            **({"shard_bound_s": _GPU_SHARD_BOUND_S} if plan.gpu else {}),
         )
         self._progress = Progress(plan.dense_bytes + plan.gpu_expert_bytes)
         self._forward = _forward_of(plan)(ModelConfig.from_gguf(gguf), gguf, self._mailbox, options, self._progress)
@@ -100,10 +103,10 @@ class AttentionActor:
         """The shards have loaded: what needs their weights may look at them."""
         self._forward.attach_experts(self._folder)
 
-    def progress(self) -> tuple[int, int, float]:
-        """Bytes loaded, bytes to load, seconds; zeros before `initialize`."""
+    def progress(self) -> dict[str, Any]:
+        """How far loading has come: see `Progress.report`; zeros before `initialize`."""
         progress = getattr(self, "_progress", None)
-        return progress.snapshot() if progress else (0, 0, 0.0)
+        return (progress or Progress(0)).report()
 
     def placement(self) -> ActorPlacement | None:
         """Where weights and threads of attention on CPUs are; None on a GPU."""

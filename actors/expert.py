@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from numoe.actors.identity import Identity, identity
 from numoe.actors.placement import describe
 from numoe.cluster.plan import Plan
 from numoe.cluster.status import ActorPlacement
+from numoe.engine.progress import Progress
 
 
 class ExpertActor:
@@ -49,10 +51,10 @@ class ExpertActor:
         gguf.close()
         self._shard.start()
 
-    def progress(self) -> tuple[int, int, float]:
-        """Bytes loaded, bytes to load, seconds; zeros before `initialize`."""
+    def progress(self) -> dict[str, Any]:
+        """How far loading has come: see `Progress.report`; zeros before `initialize`."""
         shard = getattr(self, "_shard", None)
-        return shard.progress.snapshot() if shard else (0, 0, 0.0)
+        return (shard.progress if shard else Progress(0)).report()
 
     def placement(self) -> ActorPlacement:
         """Where the slice lies, the threads run, and how fast they read."""

@@ -52,9 +52,10 @@ class ActorInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoadProgress(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes loaded by one actor ("attention", "experts 0", …) in `seconds`."""
+    """Bytes loaded by one actor ("attention", "experts 0", …) in `seconds`; note: what it does besides."""
 
     name: str
     done: int
     total: int
     seconds: float
+    note: str = ""

@@ -196,8 +196,8 @@ class Supervisor:
         for member in list(self._members):
             if member.role in ("attention", "expert"):
                 with contextlib.suppress(RayError, GetTimeoutError):
-                    done, total, seconds = ray.get(member.handle.progress.remote(), timeout=_CALL_TIMEOUT_S)
-                    found.append(LoadProgress(name=member.name, done=done, total=total, seconds=seconds))
+                    progress = ray.get(member.handle.progress.remote(), timeout=_CALL_TIMEOUT_S)
+                    found.append(LoadProgress(name=member.name, **progress))
         return found
 
     def actors(self) -> list[ActorInfo]:

@@ -115,6 +115,8 @@ def _show_loading(server: Server) -> None:
 
 
 def _loaded(actor: LoadProgress) -> str:
+    if actor.note:
+        return actor.note
     if actor.done and not actor.seconds:
         return f"{actor.done / 1e9:.2f} GB lay in shared memory"
     rate = actor.done / actor.seconds / 1e9 if actor.seconds else 0.0

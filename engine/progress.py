@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 
 class Progress:
-    """Bytes done of bytes to do; safe to advance from many threads."""
+    """Bytes done of bytes to do; safe to advance from many threads. `note` says what happens besides."""
 
     def __init__(self, total: int) -> None:
-        self.total, self._done = total, 0
+        self.total, self._done, self.note = total, 0, ""
         self._lock, self._start = threading.Lock(), time.monotonic()
         self._end = 0.0
 
@@ -30,6 +31,15 @@ class Progress:
         """Everything was there before: it took no time."""
         with self._lock:
             self._done, self._end = self.total, self._start
+
+    def report(self) -> dict[str, Any]:
+        """All of it by name: done, total, seconds, note."""
+        done, total, seconds = self.snapshot()
+        return {"done": done, "total": total, "seconds": seconds, "note": self.note}
+
+    def tell(self, note: str) -> None:
+        """Say what happens besides; "" for nothing."""
+        self.note = note
 
     def snapshot(self) -> tuple[int, int, float]:
         """Bytes done, bytes to do, seconds since the start (until the end, once there)."""

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ OPTIONS = ("-std=c++17", "-default-device", "-lineinfo")
 
 _FOLDER = Path(__file__).parent / "cuda"
 _INCLUDE = re.compile(r'^\s*#include "([^"]+)"\s*$')
+
+_told: ContextVar[Callable[[str], None] | None] = ContextVar("told", default=None)
 
 SOURCES = tuple(sorted(path.stem for path in _FOLDER.glob("*.cu")))
 """The names of all sources."""
@@ -57,7 +61,22 @@ def module(name: str, *instances: str) -> Any:
 
 @functools.cache
 def _module(name: str, instances: tuple[str, ...], _device: int) -> Any:
-    return cupy().RawModule(code=source(name), options=OPTIONS, name_expressions=instances or None)
+    if tell := _told.get():
+        tell(f"compiling CUDA kernels (once on this machine): {name}")
+    found = cupy().RawModule(code=source(name), options=OPTIONS, name_expressions=instances or None)
+    found.compile()
+    return found
+
+
+@contextmanager
+def compiling_told(tell: Callable[[str], None]) -> Iterator[None]:
+    """Tell of each source that is compiled, or found in the cache, inside the block; of nothing at its end."""
+    token = _told.set(tell)
+    try:
+        yield
+    finally:
+        _told.reset(token)
+        tell("")
 
 
 def compile_source(name: str, arch: int) -> bytes:

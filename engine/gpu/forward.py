@@ -25,6 +25,7 @@ from numoe.engine.formats.layouts import packed_format
 from numoe.engine.gguf import GgufFile
 from numoe.engine.gpu import rows as ops
 from numoe.engine.gpu.attention import GpuAttention
+from numoe.engine.gpu.compiler import compiling_told
 from numoe.engine.gpu.device import cupy
 from numoe.engine.gpu.exchange import WORDS, GpuExchange
 from numoe.engine.gpu.kv_pool import GpuKvPool
@@ -60,7 +61,7 @@ class GpuForward:
         self._stream = cupy().cuda.Stream(non_blocking=True)
         # A thread that waits for it sleeps: spinning, it would take a processor from the shards and the gateway.
         self._done = cupy().cuda.Event(block=True, disable_timing=True)
-        with self._stream:
+        with self._stream, compiling_told(progress.tell):
             self.weights = GpuWeights(gguf, options.max_rows, progress)
             self.pool = GpuKvPool(config, options.n_pages, options.kv_type)
             self.pages = GpuPages(config, self.pool)
@@ -84,6 +85,7 @@ class GpuForward:
             self._graphs: dict[int, cp.cuda.Graph] = {}
             self._step_ms = 0.0
             self._stream.synchronize()
+            self._graph(1)  # now, so that its kernels are compiled
 
     @property
     def _first_expert_layer(self) -> int:
@@ -249,11 +251,11 @@ class GpuForward:
                 self._dense_ffn(layer, rows)
 
     def _head(self, x: cp.ndarray, rows: int) -> None:
-        """Final norm, logits and likeliest tokens of rows of x."""
+        """Final norm, logits and what sampling wants to know of rows of x."""
         output = self.weights.matrices.get("output.weight") or self.weights.matrices["token_embd.weight"]
         self._norm("output_norm.weight", x, self._last, rows)
         output.multiply(self._last, self._logits.device, rows)
-        self._logits.find_likeliest(rows)
+        self._logits.prepare(rows)
 
     def _norm(self, name: str, x: cp.ndarray, out: cp.ndarray, rows: int) -> None:
         ops.rms_norm(x, self.weights.vectors[name], self.config.rms_eps, out, rows)

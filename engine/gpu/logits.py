@@ -1,4 +1,4 @@
-"""Logits that stay in VRAM until somebody asks for a whole row."""
+"""Logits that stay in VRAM: what choosing a token takes is found there, a whole row leaves it only if need be."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from numoe.engine.gpu import rows as ops
 from numoe.engine.gpu.device import cupy
+from numoe.engine.sampling import Shortlist
 
 if TYPE_CHECKING:
     import cupy as cp
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 class DeviceLogits:
     """Room for the logits of `max_rows` rows, and their likeliest tokens, which are brought to the host.
 
-    `find_likeliest` belongs to a step's kernels, the rest to the time between two steps.
+    `prepare` belongs to a step's kernels, the rest to the time between two steps.
     """
 
     def __init__(self, max_rows: int, vocab: int) -> None:
@@ -27,11 +28,17 @@ class DeviceLogits:
         # Pinned, so that kernels write to it: a copy may not be part of a captured graph.
         self._ids: npt.NDArray[np.int32] = cupyx.zeros_pinned((max_rows,), np.int32)
         self._largest: npt.NDArray[np.float32] = cupyx.zeros_pinned((max_rows,), np.float32)
+        self._counts: npt.NDArray[np.int32] = cupyx.zeros_pinned((max_rows,), np.int32)
+        self._listed: npt.NDArray[np.int32] = cupyx.zeros_pinned((max_rows, ops.MOST_LISTED), np.int32)
+        self._values: npt.NDArray[np.float32] = cupyx.zeros_pinned((max_rows, ops.MOST_LISTED), np.float32)
+        self._totals: npt.NDArray[np.float64] = cupyx.zeros_pinned((max_rows,), np.float64)
         self._rows: npt.NDArray[np.int32] = np.zeros(0, np.int32)
 
-    def find_likeliest(self, rows: int) -> None:
-        """Find the largest of each row and write it to the host's memory, on the current stream."""
-        ops.argmax(self.device, np.uint64(self._ids.ctypes.data), np.uint64(self._largest.ctypes.data), rows)
+    def prepare(self, rows: int) -> None:
+        """Find the largest of each row and its shortlist and write them to the host's memory, on the current stream."""
+        ops.argmax(self.device, _address(self._ids), _address(self._largest), rows)
+        counts, listed, values, totals = map(_address, (self._counts, self._listed, self._values, self._totals))
+        ops.shortlist(self.device, counts, listed, values, totals, rows)
 
     def of_rows(self, rows: npt.NDArray[np.int32]) -> DeviceLogits:
         """These logits, as far as a step wants them: of `rows`, in this order."""
@@ -50,6 +57,20 @@ class DeviceLogits:
         at = int(self._rows[row])
         return int(self._ids[at]), float(self._largest[at])
 
+    def shortlist(self, row: int) -> Shortlist | None:
+        """As of `StepLogits`."""
+        at = int(self._rows[row])
+        count = int(self._counts[at])
+        if count > ops.MOST_LISTED:
+            return None
+        order = np.argsort(self._listed[at, :count])
+        ids, values = self._listed[at, :count][order], self._values[at, :count][order]
+        return Shortlist(ids.astype(np.int64), values, float(self._totals[at]), self.device.shape[1])
+
     def __array__(self, *args: Any, **kwargs: Any) -> npt.NDArray[np.float32]:
         rows = [self[i] for i in range(len(self))]
         return np.array(rows or np.empty((0, self.device.shape[1]), np.float32), *args, **kwargs)
+
+
+def _address(pinned: Any) -> np.uint64:
+    return np.uint64(pinned.ctypes.data)

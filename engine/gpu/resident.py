@@ -36,7 +36,7 @@ class ResidentExperts:
         finally:
             staging.close()
 
-    def __contains__(self, layer: int) -> bool:
+    def __contains__(self, layer: object) -> bool:
         return layer in self._layers
 
     def run(self, layer: int, x: cp.ndarray, normed: cp.ndarray, logits: cp.ndarray, rows: int) -> None:

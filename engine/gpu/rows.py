@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 _THREADS, _ARGMAX_THREADS = 512, 1024
 
+MOST_LISTED = 1024
+"""Tokens of a row that `shortlist` writes at most."""
+
 
 def _launch(kernel: str, blocks: int, *args: Any, threads: int = _THREADS) -> None:
     if blocks:
@@ -44,3 +47,13 @@ def argmax(logits: cp.ndarray, ids: Any, largest: Any, rows: int) -> None:
     ids: int32 [rows]; largest: float32 [rows]; arrays, or addresses that the GPU can write to.
     """
     _launch("argmax", rows, logits, np.int32(logits.shape[1]), ids, largest, threads=_ARGMAX_THREADS)
+
+
+def shortlist(logits: cp.ndarray, counts: Any, ids: Any, values: Any, totals: Any, rows: int) -> None:
+    """The largest logits of each row, 256 or a few more, in no order, and the sum of exp(logit - largest) over all.
+
+    counts: int32 [rows], how many; of more than MOST_LISTED (many equals) not all are there. ids: int32 and
+    values: float32 [rows, MOST_LISTED]. totals: float64 [rows]. Arrays, or addresses that the GPU can write to.
+    """
+    arguments = (logits, np.int32(logits.shape[1]), counts, ids, values, totals)
+    _launch("shortlist", rows, *arguments, threads=_ARGMAX_THREADS)

@@ -13,7 +13,7 @@ from numoe.engine.errors import InputError, UnavailableError
 from numoe.engine.requests import SamplingParams, TokenLogprob
 from numoe.engine.sampling import filters
 from numoe.engine.sampling.filters import Indices, Logits
-from numoe.engine.sampling.logits import StepLogits
+from numoe.engine.sampling.logits import Shortlist, StepLogits
 from numoe.engine.sampling.params import check_sampling
 
 _GREEDY_BELOW = 1e-6  # the limit of temperature → 0, before float32 runs out
@@ -54,19 +54,32 @@ class Sampler:
     @property
     def takes_likeliest(self) -> bool:
         """Whether the token is always the one with the largest logit, and nothing else is asked for."""
-        return self._is_greedy and self.logprobs is None and not (self._bias_ids.size or self._penalised)
+        return self._is_greedy and self.logprobs is None and not self._adjusts
+
+    @property
+    def _adjusts(self) -> bool:
+        return bool(self._bias_ids.size) or self._penalised
 
     @property
     def _is_greedy(self) -> bool:
         return self.params.temperature < _GREEDY_BELOW
 
     def choose_row(self, logits: StepLogits, row: int, history: Sequence[int] | NDArray[np.int32]) -> SampledToken:
-        """`choose` with row `row` of a step's logits, which are not fetched if only the likeliest token counts."""
-        if not self.takes_likeliest:
-            return self.choose(logits[row], history)
-        token_id, logit = logits.likeliest(row)
-        _check_finite(logit, len(history))
-        return SampledToken(token_id)
+        """`choose` with row `row` of a step's logits, which is not fetched if its likeliest tokens are all that counts.
+
+        Log-probabilities then differ by rounding.
+        """
+        if self.takes_likeliest:
+            token_id, logit = logits.likeliest(row)
+            _check_finite(logit, len(history))
+            return SampledToken(token_id)
+        few = None if self._adjusts else logits.shortlist(row)
+        if few is not None:
+            _check_finite(logits.likeliest(row)[1], len(history))
+            chosen = self._pick_of(few, position=len(history))
+            if chosen is not None and (self.logprobs or 0) <= len(few.ids):
+                return self._report_of(few, chosen)
+        return self.choose(logits[row], history)
 
     def choose(self, logits: Logits, history: Sequence[int] | NDArray[np.int32]) -> SampledToken:
         """The token that follows `history` (prompt and generated ids), given `logits` float32 [vocab].
@@ -82,7 +95,7 @@ class Sampler:
 
     def _adjusted(self, logits: Logits, history: Sequence[int] | NDArray[np.int32]) -> Logits:
         """Logits after bias and penalties; the same array if neither is asked for."""
-        if not (self._bias_ids.size or self._penalised):
+        if not self._adjusts:
             return logits
         adjusted = logits.copy()
         if self._bias_ids.size:
@@ -109,6 +122,53 @@ class Sampler:
             token_ids, logits = _narrow(token_ids, logits, filters.above_min_p(logits, params.min_p))
         index = filters.draw(logits, params.temperature, uniform(params.seed, position))
         return index if token_ids is None else int(token_ids[index])
+
+
+    def _pick_of(self, few: Shortlist, position: int) -> int | None:
+        """What `_pick` gives of the whole row; None if more of it may have to be known."""
+        params, ids, logits = self.params, few.ids, few.logits
+        if self._is_greedy:
+            return int(ids[logits.argmax()])
+        is_whole = len(ids) == few.vocab  # nothing but what is left here can be chosen
+        if 0 < params.top_k < few.vocab:
+            if params.top_k > len(ids):
+                return None
+            keep, is_whole = filters.largest(logits, params.top_k), True
+            ids, logits = ids[keep], logits[keep]
+        if params.top_p < 1.0:
+            size = filters.nucleus_size(logits, params.top_p) if is_whole else _nucleus_size(few, params.top_p)
+            if size is None:
+                return None
+            keep, is_whole = filters.largest(logits, size), True
+            ids, logits = ids[keep], logits[keep]
+        if params.min_p > 0.0:
+            if not is_whole and logits.max() + np.log(params.min_p) < logits.min():
+                return None
+            keep, is_whole = filters.above_min_p(logits, params.min_p), True
+            ids, logits = ids[keep], logits[keep]
+        return int(ids[filters.draw(logits, params.temperature, uniform(params.seed, position))]) if is_whole else None
+
+    def _report_of(self, few: Shortlist, token_id: int) -> SampledToken:
+        if self.logprobs is None:
+            return SampledToken(token_id)
+        normalizer = float(few.logits.max()) + math.log(few.total)
+        top = filters.largest(few.logits, self.logprobs) if self.logprobs else np.empty(0, np.int64)
+        top = top[np.argsort(-few.logits[top], kind="stable")]
+        chosen = float(few.logits[np.searchsorted(few.ids, token_id)])
+        return SampledToken(
+            token_id,
+            chosen - normalizer,
+            tuple(TokenLogprob(int(few.ids[i]), float(few.logits[i]) - normalizer) for i in top),
+        )
+
+
+def _nucleus_size(few: Shortlist, top_p: float) -> int | None:
+    """`filters.nucleus_size` of the whole row; None if the list is too short, or rounding of its total may decide."""
+    mass = np.cumsum(np.exp(np.sort(few.logits)[::-1] - few.logits.max()), dtype=np.float64)
+    needed = top_p * few.total
+    if mass[-1] < needed or np.abs(mass - needed).min() <= few.TOLERANCE * needed:
+        return None
+    return int(np.searchsorted(mass, needed)) + 1
 
 
 def _check_finite(likeliest: float, position: int) -> None:

@@ -47,7 +47,7 @@ def test_sweep_prints_a_row_for_each_depth(model: Path) -> None:
 
 def test_the_table_has_the_columns_of_llama_sweep_bench() -> None:
     parts = dict.fromkeys(MACHINE_PARTS, 250.0)
-    window = Window(1024, Measurement(512, 2.0, parts), Measurement(32, 1.0, parts))
+    window = Window("f16", 1024, Measurement(512, 2.0, parts), Measurement(32, 1.0, parts))
     names, rule, cells = (line.split("|")[1:-1] for line in f"{header()}\n{row(window)}".splitlines())
     assert [name.strip() for name in names[:7]] == [
         "PP", "TG", "N_KV", "T_PP s", "S_PP t/s", "T_TG s", "S_TG t/s",
@@ -73,6 +73,7 @@ def test_depths_end_where_prompt_or_answer_would_not_fit() -> None:
         (["--tg", 0], "--tg 0"),
         (["--ctx-size", 64], "--pp 512 and --tg 32 do not fit into 96 tokens"),
         (["--ctx-size", 9999], "--ctx-size 9999"),
+        (["--kv-types", "f16,q9"], "q9"),
     ],
 )
 def test_sweep_refuses_what_is_not_possible_in_one_line(model: Path, arguments: list, message: str) -> None:
@@ -97,9 +98,14 @@ def test_a_plot_without_matplotlib_says_what_to_install(model: Path, tmp_path: P
 def test_a_plot_is_an_image(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     parts = dict.fromkeys(MACHINE_PARTS, 1.0)
-    windows = [Window(depth, Measurement(8, 1.0, parts), Measurement(4, 1.0, parts)) for depth in (0, 8)]
-    draw(windows, tmp_path / "x.png", "tiny")
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    windows = [
+        Window(kind, depth, Measurement(8, 1.0, parts), Measurement(4, 1.0, parts))
+        for kind in ("f16", "q8_0")
+        for depth in (0, 8)
+    ]
+    for name, drawn in (("one.png", windows[:2]), ("both.png", windows)):
+        draw(drawn, tmp_path / name, "tiny")
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(InputError, match="cannot be written"):
         draw(windows, tmp_path / "folder.png", "tiny")
@@ -187,6 +193,7 @@ def test_a_summary_is_of_all_streams_together() -> None:
     assert (values["streams"], values["tokens"]) == (2, 5)
     assert values["seconds"] == pytest.approx(1.0)
     assert values["speed"] == pytest.approx(5.0)
+    assert values["speed_of_all"] == pytest.approx(2 / 0.3)  # from 10.5 to 10.8
     assert values["first_ms_p50"] == pytest.approx(350.0)
     assert values["between_ms_p50"] == pytest.approx(200.0)
     assert percentile([7.0], 99) == 7.0

@@ -23,8 +23,8 @@ from numoe.deploy.console import one_line_errors
 from numoe.engine.errors import InputError, NumoeError
 from numoe.v1 import generation_pb2 as pb
 
-_COLUMNS = "|{:>8} |{:>7} |{:>8} |{:>8} |{:>10} |{:>10} |{:>9} |{:>9} |"
-_HEAD = ("streams", "tokens", "seconds", "tok/s", "TTFT p50", "TTFT p99", "ITL p50", "ITL p99")
+_COLUMNS = "|{:>8} |{:>7} |{:>8} |{:>8} |{:>11} |{:>10} |{:>10} |{:>9} |{:>9} |"
+_HEAD = ("streams", "tokens", "seconds", "tok/s", "all, tok/s", "TTFT p50", "TTFT p99", "ITL p50", "ITL p99")
 _WARM_UP_TOKENS = 4
 
 
@@ -78,7 +78,8 @@ def concurrency(
     """Measure how a server shares its speed among 1, 2, 4, 8 and 16 streams.
 
     All streams of a row start together, each with a random prompt of its own. Shown are the tokens a
-    second of all together, from the start to the last token, prompts included; and, in milliseconds,
+    second of all together, from the start to the last token, prompts included; the same only while all
+    of them answer, from when the last has begun to when the first is done; and, in milliseconds,
     the time to the first token (TTFT) and from token to token (ITL). Tokens that come in one message
     share the time since the one before.
 
@@ -183,11 +184,20 @@ def summary(streams: Sequence[Stream]) -> dict[str, Any]:
         "tokens": tokens,
         "seconds": seconds,
         "speed": tokens / seconds,
+        "speed_of_all": _speed_of_all(streams),
         "first_ms_p50": percentile(firsts, 50),
         "first_ms_p99": percentile(firsts, 99),
         "between_ms_p50": percentile(gaps, 50),
         "between_ms_p99": percentile(gaps, 99),
     }
+
+
+def _speed_of_all(streams: Sequence[Stream]) -> float | None:
+    """Tokens a second while every stream answers; None if there is no such time."""
+    begin, end = max(stream.arrivals[0] for stream in streams), min(stream.arrivals[-1] for stream in streams)
+    if begin >= end:
+        return None
+    return sum(begin < arrival <= end for stream in streams for arrival in stream.arrivals) / (end - begin)
 
 
 def percentile(values: Sequence[float], percent: int) -> float | None:
@@ -201,5 +211,6 @@ def _row(values: dict[str, Any]) -> str:
     times = ("first_ms_p50", "first_ms_p99", "between_ms_p50", "between_ms_p99")
     return _COLUMNS.format(
         values["streams"], values["tokens"], f"{values['seconds']:.2f}", f"{values['speed']:.2f}",
+        "-" if values["speed_of_all"] is None else f"{values['speed_of_all']:.2f}",
         *("-" if values[name] is None else f"{values[name]:.1f}" for name in times),
     )  # fmt: skip

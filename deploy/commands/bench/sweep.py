@@ -17,6 +17,7 @@ from numoe.engine.errors import InputError
 if TYPE_CHECKING:
     from numoe.cluster.plan import PlanOptions
     from numoe.engine.worker.engine import Measurement
+    from numoe.engine.worker.kv_pool import KvType
 
 PARTS = {"attention": "attn", "experts": "exp", "wait": "wait", "other": "other"}
 """The parts of a step, and what a column of the table calls them."""
@@ -26,8 +27,9 @@ _WARM_UP_TOKENS = 4
 
 @dataclass(frozen=True)
 class Window:
-    """One row of the sweep: an answer behind `n_kv` tokens, and a prompt in its place."""
+    """One row of the sweep: an answer behind `n_kv` tokens, and a prompt in its place; `kv_type` of keys and values."""
 
+    kv_type: str
     n_kv: int
     prefill: Measurement
     decode: Measurement
@@ -36,6 +38,7 @@ class Window:
         """llama-sweep-bench's keys, times in seconds, and milliseconds a token by parts."""
         pp, tg = self.prefill, self.decode
         return {
+            "kv_type": self.kv_type,
             "n_kv": self.n_kv,
             "pp": pp.tokens,
             "tg": tg.tokens,
@@ -56,6 +59,7 @@ def sweep(
     pp: int = 512,
     tg: int = 32,
     chunk: int | None = None,
+    kv_types: str | None = None,
     json_output: Annotated[bool, Parameter(name="--json", negative=())] = False,
     plot: Path | None = None,
     placement: Placement = ANYWHERE,
@@ -80,10 +84,14 @@ def sweep(
         Tokens that are generated in each row.
     chunk
         Prompt tokens of one step; as for `numoe serve` if not given.
+    kv_types
+        Types of the KV cache to measure one after the other, with commas between, e.g. f16,q8_0: each of keys and
+        values, instead of --cache-type-k and --cache-type-v.
     json_output
         Print one JSON object a line instead of the table.
     plot
-        Draw milliseconds a token over depth into this file (.png, .svg, .pdf).
+        Draw milliseconds a token over depth into this file (.png, .svg, .pdf): the parts of a token if there is one
+        type of KV cache, one line for each if there are several.
     placement
         Where the model runs.
 
@@ -98,15 +106,30 @@ def sweep(
             require_plot(plot)
         windows = list[Window]()
         with StopSignals():
-            options = placement.plan_options(slots=1, chunk=chunk)
-            for window in _windows(model, ctx_size, pp, tg, options):
-                if not windows and not json_output:
-                    print(header())
-                windows.append(window)
-                print(json.dumps(window.to_json()) if json_output else row(window), flush=True)
+            measured = _options(placement, kv_types, chunk)
+            for options in measured:
+                for window in _windows(model, ctx_size, pp, tg, options):
+                    if not json_output and (not windows or windows[-1].kv_type != window.kv_type):
+                        print(header() if len(measured) == 1 else f"KV cache {window.kv_type}\n{header()}")
+                    windows.append(window)
+                    print(json.dumps(window.to_json()) if json_output else row(window), flush=True)
         if plot is not None:
             draw(windows, plot, Path(model).stem)
     return 0
+
+
+def _options(placement: Placement, kv_types: str | None, chunk: int | None) -> list[PlanOptions]:
+    """What to measure with, for each type of KV cache."""
+    from numoe.engine.gpu.kv_pool import GPU_KV_TYPES
+    from numoe.engine.worker.kv_pool import KvType
+
+    options = placement.plan_options(slots=1, chunk=chunk)
+    if kv_types is None:
+        return [options]
+    names = [name.strip() for name in kv_types.split(",")]
+    if not set(names) <= set(GPU_KV_TYPES):
+        raise InputError(f"--kv-types {kv_types}: give some of {', '.join(GPU_KV_TYPES)} with commas between")
+    return [replace(options, kv_type=KvType(name, name)) for name in names]
 
 
 def _windows(model: str, ctx_size: int | None, pp: int, tg: int, options: PlanOptions) -> Iterator[Window]:
@@ -134,7 +157,11 @@ def _windows(model: str, ctx_size: int | None, pp: int, tg: int, options: PlanOp
         for n_kv in depths:
             decode = ray.get(worker.measure_decode.remote(tokens[0], n_kv, tg))
             prefill = ray.get(worker.measure_prefill.remote(tokens[n_kv : n_kv + pp], n_kv))
-            yield Window(n_kv, prefill, decode)
+            yield Window(_name_of(options.kv_type), n_kv, prefill, decode)
+
+
+def _name_of(kv_type: KvType) -> str:
+    return kv_type.keys if kv_type.keys == kv_type.values else f"{kv_type.keys}/{kv_type.values}"
 
 
 def depths_of(context: int, size: int, pp: int, tg: int) -> Sequence[int]:
@@ -186,17 +213,20 @@ def require_plot(path: Path) -> None:
 
 
 def draw(windows: Sequence[Window], path: Path, title: str) -> None:
-    """Draw milliseconds a token over depth: the parts of an answer's and of a prompt's tokens, stacked."""
+    """Draw milliseconds a token over depth, of answers and of prompts: stacked parts, or a line for each KV type."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     answer, prompt = figure.subplots(1, 2)
-    for axes, name, measurements, depths in (
-        (answer, "decode", [w.decode for w in windows], [w.n_kv for w in windows]),
-        (prompt, "prefill", [w.prefill for w in windows], [w.n_kv for w in windows]),
-    ):
-        parts = [[ms_per_token(m)[part] for m in measurements] for part in PARTS]
-        axes.stackplot(depths, *parts, labels=list(PARTS))
+    kinds = list(dict.fromkeys(window.kv_type for window in windows))
+    for axes, name in ((answer, "decode"), (prompt, "prefill")):
+        for kind in kinds:
+            depths = [window.n_kv for window in windows if window.kv_type == kind]
+            found = [ms_per_token(getattr(window, name)) for window in windows if window.kv_type == kind]
+            if len(kinds) == 1:
+                axes.stackplot(depths, *([ms[part] for ms in found] for part in PARTS), labels=list(PARTS))
+            else:
+                axes.plot(depths, [sum(ms.values()) for ms in found], marker="o", markersize=3, label=kind)
         axes.set(title=f"{title}: {name}", xlabel="tokens in the context", ylabel="ms a token", ylim=(0, None))
         axes.legend(loc="lower right")
     try:

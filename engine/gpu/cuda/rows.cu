@@ -81,3 +81,53 @@ argmax(const float* logits, int cols, int* ids_out, float* largest) {
         largest[blockIdx.x] = bad ? __int_as_float(0x7fffffff) : value;
     }
 }
+
+// Threads 0 to 1023: the values in `list`, one each, in descending order.
+inline void sort_descending(float* list) {
+    for (int size = 2; size <= ARGMAX_THREADS; size *= 2) {
+        for (int step = size / 2; step > 0; step /= 2) {
+            int i = threadIdx.x, j = i ^ step;
+            __syncthreads();
+            float a = list[i], b = list[j];
+            bool larger_first = (i & size) == 0;
+            if (i < j && (a < b) == larger_first && a != b) list[i] = b, list[j] = a;
+        }
+    }
+    __syncthreads();
+}
+
+// The tokens that matter to sampling: every logit that is at least as large as one which LISTED logits reach, in no
+// order. counts[row]: how many they are; of more than MOST_LISTED only so many are written, to ids and values, [rows,
+// MOST_LISTED]. totals[row]: the sum of exp(logit - largest) over all.
+constexpr int LISTED = 256, MOST_LISTED = 1024;
+extern "C" __global__ void __launch_bounds__(ARGMAX_THREADS)
+shortlist(const float* logits, int cols, int* counts, int* ids, float* values, double* totals) {
+    __shared__ float highest[ARGMAX_THREADS];
+    __shared__ double sums[ARGMAX_THREADS / WARP];
+    __shared__ int count;
+    const float* row = logits + int64(blockIdx.x) * cols;
+    float mine = -INFINITY;
+#pragma unroll 8
+    for (int i = threadIdx.x; i < cols; i += ARGMAX_THREADS) mine = fmaxf(mine, row[i]);
+    highest[threadIdx.x] = mine;
+    if (threadIdx.x == 0) count = 0;
+    sort_descending(highest);
+    float most = highest[0], least = highest[LISTED - 1];
+    double total = 0;
+#pragma unroll 8
+    for (int i = threadIdx.x; i < cols; i += ARGMAX_THREADS) {
+        float x = row[i];
+        total += expf(x - most);
+        if (x >= least) {
+            int at = atomicAdd(&count, 1);
+            if (at < MOST_LISTED) ids[blockIdx.x * MOST_LISTED + at] = i, values[blockIdx.x * MOST_LISTED + at] = x;
+        }
+    }
+    for (int step = WARP / 2; step > 0; step /= 2) total += __shfl_xor_sync(ALL_LANES, total, step);
+    if (lane_id() == 0) sums[warp_id()] = total;
+    __syncthreads();
+    if (threadIdx.x) return;
+    for (int i = 1; i < ARGMAX_THREADS / WARP; i++) total += sums[i];
+    counts[blockIdx.x] = count;
+    totals[blockIdx.x] = total;
+}
