@@ -5,15 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
-
-from cyclopts import Parameter
 
 from numoe.engine.errors import NumoeError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-
-Address = Annotated[str | None, Parameter(env_var="NUMOE_ADDRESS")]
 
 
 @contextmanager
