@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from numoe.cluster.plan import Plan, PlanOptions, ShardPlacement, make_plan
+from numoe.cluster.plan import Plan, PlanOptions, make_plan
 from numoe.cluster.topology import Topology
 from numoe.deploy.doctor.check import Check, Host
 from numoe.deploy.doctor.memory import (
@@ -36,7 +36,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 def sized(plan: Plan, gib: int) -> Plan:
     """The same plan with experts of that size."""
-    return replace(plan, shards=(ShardPlacement(index=0, numa_node=0, threads=1, nbytes=gib * GIB),))
+    return replace(plan, shards=(replace(plan.shards[0], nbytes=gib * GIB),))
 
 
 def host(root: Path, available_gib: int = 300, mounts: str = "tmpfs /dev/shm tmpfs rw,size=1k 0 0") -> Host:
@@ -95,7 +95,7 @@ def test_a_gpu_with_too_little_memory(tiny: Plan) -> None:
     found = refusal("model", replace(tiny, gpu=card), "it", {})
     assert found is not None
     assert found.text.startswith("it; attention needs")
-    assert found.text.endswith("a GPU has 0.00 GB free")
+    assert found.text.endswith("of a GPU 0.00 GB may be used")
     assert found.cure.startswith("lower --ctx-size")
     assert refusal("model", tiny, "it", {}) is None
 
