@@ -81,7 +81,7 @@ class Ledger:
             return False
         keys = sequence.keys.of(sequence.tokens, (len(sequence.tokens) - 1) // PAGE_TOKENS)
         there = list(itertools.takewhile(lambda key: key in self.allocator, keys))
-        wanted = max(0, (sequence.loadable or 0) - len(there)) + 1
+        wanted = max(0, (sequence.loadable or 0) - len(there)) + 2  # a tail's page, and the one it is copied from
         return wanted > self.allocator.available_beside(there)
 
     def _tail(self, sequence: Sequence, usable: int) -> Tail | None:

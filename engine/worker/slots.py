@@ -20,7 +20,6 @@ from numoe.engine.requests import Event, SlotProgress, SlotReport, SnapshotInfo
 from numoe.engine.scheduler import Scheduler
 from numoe.engine.scheduler.conversation import Conversation
 from numoe.engine.scheduler.slots import Operation
-from numoe.engine.store.chunks import decode_chunk
 from numoe.engine.store.manifest import Manifest, check_name
 from numoe.engine.worker.caching import Caching
 
@@ -185,16 +184,14 @@ class SlotOperations:
         """Give a slot the conversation in a file; None if there is no such file. Errors as `restore`."""
         start, progress = time.perf_counter(), Progress()
         try:
-            manifest, chunks = read_archive(path, self._caching.origin)
+            archive = read_archive(path, self._caching.origin)
         except FileNotFoundError:
             return None
 
         def read(key: bytes, tokens: int) -> Layers:
-            if key not in chunks:
-                raise DataLossError(f"{path} has no chunk {key.hex()}; remove it")
-            return decode_chunk(chunks[key], key, self._caching.pages.shape(tokens)), chunks[key].nbytes
+            return archive.read(key, self._caching.pages.shape(tokens)), archive.chunks[key].nbytes
 
-        conversation = dataclasses.replace(conversation_of(manifest), named=True, last_used=time.time())
+        conversation = dataclasses.replace(conversation_of(archive.manifest), named=True, last_used=time.time())
         with self._kept(slot, "restoring", None):
             self.bring(slot, conversation, progress, read)
         return _report(slot, conversation, str(path), conversation.computed, progress, start)
