@@ -29,6 +29,8 @@ from numoe.engine.weights.slices import SliceKey, WeightSlice, open_slice, piece
 from numoe.engine.weights.source import layout_identity, source_fingerprint
 
 _PIECE_BYTES: Final = 8 << 20
+_FOLIO_BYTES: Final = 2 << 20
+"""The page cache keeps pages in groups of up to so many bytes, of which it drops all or none."""
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -172,9 +174,12 @@ class _Loader:
     ) -> None:  # fmt: skip
         self._out, self._progress, self._pages, self._reads = out, progress, pages, reads
         self._buffers, self._lock = threading.local(), threading.Lock()
+        self._edges: set[tuple[Path, int]] = set()
         self._files: dict[Path, int] = {}
         for path in {packed.tensor.path for packed in tensors}:
             self._files[path] = os.open(path, os.O_RDONLY)
+            # The kernel must not read ahead: its large folios reach into the next piece, and then cannot be dropped.
+            os.posix_fadvise(self._files[path], 0, 0, os.POSIX_FADV_RANDOM)
             files.callback(os.close, self._files[path])
         shared = [packed for packed in tensors if packed.shared]
         self._numbers = {packed: number for number, packed in enumerate(shared)}
@@ -227,7 +232,12 @@ class _Loader:
             if not is_last or (self._reads is not None and not self._reads.finished(self._numbers[packed])):
                 return
             start, stop = packed.tensor.offset, packed.tensor.offset + packed.tensor.nbytes
-        self._pages.drop(descriptor, packed.tensor.path, start, stop)
+        with self._lock:
+            before, after = (packed.tensor.path, start) in self._edges, (packed.tensor.path, stop) in self._edges
+            self._edges |= {(packed.tensor.path, start), (packed.tensor.path, stop)}
+        # A folio across a boundary can be dropped once both sides are read.
+        low, high = start - _FOLIO_BYTES * before, stop + _FOLIO_BYTES * after
+        self._pages.drop(descriptor, packed.tensor.path, max(0, low), high)
 
 
 def _verify(

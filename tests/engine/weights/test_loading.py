@@ -147,10 +147,10 @@ with GgufFile.open(path) as gguf:
         def advance(self, nbytes):
             super().advance(nbytes)
             self.cached = max(self.cached, cached_bytes(path))
-    pages, before, progress = CachedPages.look([path]), peak(), Watched(1)
+    pages, at_first, before, progress = CachedPages.look([path]), cached_bytes(path), peak(), Watched(1)
     key = SliceKey(source=source_fingerprint(gguf.paths), cut="dense")
     found = open_tensors(key, gguf, tensors, progress, threads=1, pages=pages)
-    print(found.array.nbytes, peak() - before, progress.cached)
+    print(found.array.nbytes, peak() - before, progress.cached - at_first)
 """
 
 
@@ -163,4 +163,4 @@ def test_nothing_is_held_twice(shm_root: Path, tmp_path: Path) -> None:
     nbytes, peak, cached = map(int, run.stdout.split())
     assert nbytes > 150 * MiB
     assert peak <= 1.05 * nbytes + 8 * MiB  # a thread's buffer, which is nothing to a real model
-    assert cached <= 64 * MiB
+    assert cached <= 16 * MiB  # two pieces
