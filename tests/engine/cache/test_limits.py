@@ -1,0 +1,212 @@
+"""Bounds are kept: of host memory and of the store; what snapshots need stays, and ends go before beginnings."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from numoe.engine.cache import RamTier, StoreTier
+from numoe.engine.cache.lineage import Lineage
+from numoe.engine.cache.snapshots import Progress
+from numoe.engine.errors import NotFoundError, ResourceError
+from numoe.engine.store import Store, open_store
+from numoe.engine.store.keys import chunk_path
+from tests.engine.cache.conftest import Story
+from tests.engine.cache.support import Saver, Talk
+
+KEYS = [bytes([number]) * 32 for number in range(12)]
+PUTS = st.tuples(st.just("put"), st.integers(0, 11), st.integers(1, 40), st.booleans())
+OTHERS = st.tuples(st.sampled_from(["written", "get", "touch"]), st.integers(0, 11), st.just(0), st.just(False))
+
+
+@settings(max_examples=300, deadline=None)
+@given(limit=st.integers(0, 100), reserve=st.integers(0, 60), steps=st.lists(PUTS | OTHERS, max_size=40))
+def test_host_memory_never_holds_more_than_its_limit(
+    limit: int, reserve: int, steps: list[tuple[str, int, int, bool]]
+) -> None:
+    ram, waiting, held = RamTier(limit, reserve), dict[int, int](), dict[int, int]()
+    for what, number, size, waits in steps:
+        key = KEYS[number]
+        if what == "put":
+            there = key in ram
+            kept = ram.put(key, bytes(size), waits=waits)
+            assert kept == (key in ram)
+            if kept and not there:
+                held[number] = size
+            if kept and waits:
+                waiting[number] = held[number]
+            if not kept:
+                assert sum(waiting.values()) + size > (max(limit, reserve) if waits else limit), "there was room"
+        elif what == "written":
+            ram.written(key)
+            waiting.pop(number, None)
+        elif what == "get":
+            assert (ram.get(key) is not None) == (key in ram)
+        else:
+            ram.touch([key])
+        there_now = [n for n in range(12) if KEYS[n] in ram]
+        assert ram.nbytes == sum(held[n] for n in there_now)
+        assert waiting.keys() <= set(there_now), "what waits was dropped"
+        assert ram.nbytes <= max(limit, reserve if waiting else 0)
+
+
+def test_the_end_of_a_prompt_goes_before_its_beginning() -> None:
+    """Whatever is used: chunks are dropped one by one, never one before those behind it."""
+    ram, lineage = RamTier(6), Lineage()
+    one, other = KEYS[:4], KEYS[4:8]
+    for keys in (one, other, one):
+        lineage.note(keys)
+        for key in keys:
+            ram.put(key, b"1", waits=False)
+            ram.touch(lineage.chain(key))
+        here = [[key in ram for key in prompt] for prompt in (one, other)]
+        assert here == [sorted(prompt, reverse=True) for prompt in here]
+        assert all(here[keys is other])
+
+
+@contextmanager
+def saver_of(talk: Talk, store: Store, limit: int | None = None) -> Iterator[Saver]:
+    saver = Saver(store, talk.pages, talk.origin, limit)
+    yield saver
+    saver.close()
+
+
+def stored_bytes(store: Store) -> int:
+    return sum(entry.size for entry in store.list("chunks"))
+
+
+def test_the_store_keeps_its_limit_and_what_snapshots_need(story: Story, open_again: Callable[[], Store]) -> None:
+    talk = Talk.read(story.files[1])
+    total = talk.manifest.chunk_bytes
+    with saver_of(talk, open_again(), 4 * total) as saver:
+        kept, objects = talk.salted(b"kept")
+        saver.hold(objects)
+        saver.snapshots.save(kept, "chat", Progress())
+        for number in range(8):
+            conversation, objects = talk.salted(str(number).encode())
+            saver.hold(objects)
+            saver.cache.use(conversation.all_keys)
+            for key, data in objects.items():
+                saver.cache.store_now(key, data.nbytes)
+                assert stored_bytes(open_again()) <= 4 * total
+                assert stored_bytes(open_again()) == saver.tier.nbytes
+            here = [open_again().exists(chunk_path(key)) for key in conversation.all_keys]
+            assert all(here)
+        assert all(open_again().exists(chunk_path(key)) for key in kept.all_keys)
+        # Two more snapshots fit; one more does not, and says so.
+        for number in range(8, 10):
+            conversation, objects = talk.salted(str(number).encode())
+            saver.hold(objects)
+            saver.snapshots.save(conversation, f"chat-{number}", Progress())
+        conversation, objects = talk.salted(b"too much")
+        saver.hold(objects)
+        with pytest.raises(ResourceError, match=r"snapshots take up the .* raise --cache-store-limit"):
+            saver.snapshots.save(conversation, "too-much", Progress())
+        with pytest.raises(NotFoundError):
+            saver.snapshots.manifest("too-much")
+        saver.snapshots.remove("chat")
+        saver.snapshots.save(conversation, "too-much", Progress())
+        assert stored_bytes(open_again()) <= 4 * total
+
+
+def test_two_servers_keep_one_limit(story: Story, open_again: Callable[[], Store]) -> None:
+    talk = Talk.read(story.files[1])
+    limit = 4 * talk.manifest.chunk_bytes
+    with saver_of(talk, open_again(), limit) as one, saver_of(talk, open_again(), limit) as other:
+        for number, saver in zip(range(12), itertools.cycle((one, other))):
+            conversation, objects = talk.salted(str(number).encode())
+            saver.hold(objects)
+            saver.snapshots.save(conversation, "chat", Progress())
+            assert stored_bytes(open_again()) <= limit
+    with saver_of(talk, open_again()) as fresh:
+        for number, key in enumerate(fresh.snapshots.manifest("chat").keys):
+            fresh.cache.read(key, min(256, talk.manifest.computed - 256 * number))
+
+
+def test_equal_chunks_of_two_servers_are_stored_once(story: Story, open_again: Callable[[], Store]) -> None:
+    talk = Talk.read(story.files[1])
+    conversation, objects = talk.salted(b"")
+    with saver_of(talk, open_again()) as one, saver_of(talk, open_again()) as other:
+        for saver in (one, other):
+            saver.hold(objects)
+        first, second = Progress(), Progress()
+        one.snapshots.save(conversation, "chat", first)
+        other.snapshots.save(conversation, "other", second)
+        assert (first.moved_chunks, second.moved_chunks) == (3, 0)
+        assert len(open_again().list("chunks")) == 3
+
+
+class Interrupted:
+    """A store where something happens at the first use of an operation, before or after it."""
+
+    def __init__(self, store: Store, operation: str, number: int, happens: Callable[[], None]) -> None:
+        self._store, self._operation, self._left, self._happens = store, operation, number, happens
+
+    def __getattr__(self, name: str) -> object:
+        found = getattr(self._store, name)
+        if name != self._operation:
+            return found
+
+        def call(*arguments: object) -> object:
+            self._left -= 1
+            if self._left == 0:
+                self._happens()
+            return found(*arguments)
+
+        return call
+
+
+@pytest.mark.parametrize("operation", ["put_new", "put_if", "head", "list", "get_versioned", "delete"])
+def test_a_save_lacks_nothing_that_another_server_removes_meanwhile(
+    story: Story, tmp_path: Path, operation: str
+) -> None:
+    """Another server makes room, as thoroughly as it may, before any operation of the save."""
+    talk = Talk.read(story.files[1])
+    limit = 2 * talk.manifest.chunk_bytes
+    for number in itertools.count(1):
+        folder, happened = tmp_path / f"{operation}-{number}", []
+
+        def make_room(folder: Path = folder, happened: list[int] = happened) -> None:
+            happened.append(1)
+            with saver_of(talk, open_store(folder), limit) as other:
+                for salt in (b"x", b"y"):
+                    _, objects = talk.salted(salt)
+                    for key, data in objects.items():
+                        try:
+                            other.tier.write(key, data)
+                        except ResourceError:
+                            return
+
+        store = Interrupted(open_store(folder), operation, number, make_room)
+        with saver_of(talk, store) as saver:  # type: ignore[arg-type]
+            conversation, objects = talk.salted(b"mine")
+            saver.hold(objects)
+            for key, data in objects.items():  # they are there when the save begins
+                open_store(folder).put_new(chunk_path(key), data)
+            saver.snapshots.save(conversation, "chat", Progress())
+        with saver_of(talk, open_store(folder)) as fresh:
+            for at, key in enumerate(fresh.snapshots.manifest("chat").keys):
+                fresh.cache.read(key, min(256, talk.manifest.computed - 256 * at))
+        if not happened:
+            return
+
+
+def test_store_tier_counts_what_is_there(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    rng = np.random.default_rng(0)
+    sizes = {key: int(rng.integers(1, 100)) for key in KEYS}
+    one, other = StoreTier(store, 300), StoreTier(store, 300)
+    for key in KEYS:
+        one.write(key, bytes(sizes[key]))
+        assert stored_bytes(store) <= 300
+    other.list_chunks()
+    assert other.nbytes == one.nbytes == stored_bytes(store)
+    for key in KEYS:
+        assert other.has(key) == store.exists(chunk_path(key))
