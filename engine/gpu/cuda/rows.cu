@@ -88,9 +88,10 @@ inline void sort_descending(float* list) {
         for (int step = size / 2; step > 0; step /= 2) {
             int i = threadIdx.x, j = i ^ step;
             __syncthreads();
+            if (i > j) continue;
             float a = list[i], b = list[j];
             bool larger_first = (i & size) == 0;
-            if (i < j && (a < b) == larger_first && a != b) list[i] = b, list[j] = a;
+            if ((a < b) == larger_first && a != b) list[i] = b, list[j] = a;
         }
     }
     __syncthreads();
