@@ -149,13 +149,13 @@ class AttentionActor:
         """Give a slot a snapshot's conversation."""
         return self._engine.slots.restore(operation, slot, name, wait_until)
 
-    def erase_slot(self, slot: int, wait_until: float | None) -> SlotReport:
+    def erase_slot(self, operation: str, slot: int, wait_until: float | None) -> SlotReport:
         """Forget a slot's conversation."""
-        return self._engine.slots.erase(slot, wait_until)
+        return self._engine.slots.erase(operation, slot, wait_until)
 
-    def fork_slot(self, slot: int, target: int, wait_until: float | None) -> SlotReport:
+    def fork_slot(self, operation: str, slot: int, target: int, wait_until: float | None) -> SlotReport:
         """Let another slot hold the same."""
-        return self._engine.slots.fork(slot, target, wait_until)
+        return self._engine.slots.fork(operation, slot, target, wait_until)
 
     def cancel_slot_operation(self, operation: str) -> None:
         """End a save or restore."""

@@ -56,14 +56,14 @@ class RayEngineClient:
         """End a save or restore."""
         await _call(self._worker.cancel_slot_operation.remote(operation))
 
-    async def erase_slot(self, slot: int, wait_until: float | None) -> SlotReport:
+    async def erase_slot(self, operation: str, slot: int, wait_until: float | None) -> SlotReport:
         """Empty a slot."""
-        report: SlotReport = await self._operate(self._worker.erase_slot, slot, wait_until)
+        report: SlotReport = await self._operate(self._worker.erase_slot, operation, slot, wait_until)
         return report
 
-    async def fork_slot(self, slot: int, target: int, wait_until: float | None) -> SlotReport:
+    async def fork_slot(self, operation: str, slot: int, target: int, wait_until: float | None) -> SlotReport:
         """Make two slots hold the same."""
-        report: SlotReport = await self._operate(self._worker.fork_slot, slot, target, wait_until)
+        report: SlotReport = await self._operate(self._worker.fork_slot, operation, slot, target, wait_until)
         return report
 
     async def snapshots(self) -> tuple[SnapshotInfo, ...]:

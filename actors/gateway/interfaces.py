@@ -46,10 +46,10 @@ class EngineClient(Protocol):
     async def cancel_slot_operation(self, operation: str) -> None:
         """End a save or restore, which changes nothing then; as `abort`, it may overtake its begin."""
 
-    async def erase_slot(self, slot: int, wait_until: float | None) -> SlotReport:
+    async def erase_slot(self, operation: str, slot: int, wait_until: float | None) -> SlotReport:
         """Empty a slot."""
 
-    async def fork_slot(self, slot: int, target: int, wait_until: float | None) -> SlotReport:
+    async def fork_slot(self, operation: str, slot: int, target: int, wait_until: float | None) -> SlotReport:
         """Make `target` hold what a slot holds; the report is the target's."""
 
     async def snapshots(self) -> Sequence[SnapshotInfo]:

@@ -78,7 +78,8 @@ class SlotServicer(slots_pb2_grpc.SlotServiceServicer):
         slot, until = _slot(request, "slot", violations), _wait_until(request, context, violations)
         violations.raise_if_any()
         check_slot(slot, self._context)
-        return pb.EraseSlotResponse(report=_report_message(await self._engine.erase_slot(slot, until)))
+        report = await self._unless_left(lambda operation: self._engine.erase_slot(operation, slot, until))
+        return pb.EraseSlotResponse(report=_report_message(report))
 
     @answers_errors
     async def ForkSlot(self, request: pb.ForkSlotRequest, context: Context) -> pb.ForkSlotResponse:
@@ -92,7 +93,8 @@ class SlotServicer(slots_pb2_grpc.SlotServiceServicer):
         violations.raise_if_any()
         for number in (slot, target):
             check_slot(number, self._context)
-        return pb.ForkSlotResponse(report=_report_message(await self._engine.fork_slot(slot, target, until)))
+        report = await self._unless_left(lambda operation: self._engine.fork_slot(operation, slot, target, until))
+        return pb.ForkSlotResponse(report=_report_message(report))
 
     @answers_errors
     async def ListSnapshots(self, request: pb.ListSnapshotsRequest, context: Context) -> pb.ListSnapshotsResponse:
@@ -160,6 +162,15 @@ class SlotServicer(slots_pb2_grpc.SlotServiceServicer):
         """Raise PreconditionError on a server without one."""
         if not self._context.has_store:
             raise PreconditionError("this server has no store: start it with --store URL, or without --store none")
+
+    async def _unless_left(self, start: Callable[[str], Awaitable[SlotReport]]) -> SlotReport:
+        """Await an operation, and end it when its caller is gone."""
+        operation = secrets.token_hex(12)
+        try:
+            return await start(operation)
+        except asyncio.CancelledError:
+            self._cancel_soon(operation)
+            raise
 
     def _cancel_soon(self, operation: str) -> None:
         """Cancel without waiting: the caller may itself be in the middle of being cancelled."""

@@ -81,20 +81,28 @@ class SlotOperations:
             snapshots.cache.use(conversation.all_keys)
         return _report(slot, conversation, name, conversation.computed, progress, start)
 
-    def erase(self, slot: int, wait_until: float | None) -> SlotReport:
+    def erase(self, operation: str, slot: int, wait_until: float | None) -> SlotReport:
         """Forget a slot's conversation; chunks that it shares with the prompt cache stay there."""
         start = time.perf_counter()
-        with self._kept(slot, "saving", wait_until), self._changed:
+        with (
+            self._operation(operation) as progress,
+            self._kept(slot, "saving", wait_until, progress),
+            self._changed,
+        ):
             self._scheduler.ledger.forget_conversation(slot)
             self._caching.collect()
         return SlotReport(slot=slot, seconds=time.perf_counter() - start)
 
-    def fork(self, slot: int, target: int, wait_until: float | None) -> SlotReport:
+    def fork(self, operation: str, slot: int, target: int, wait_until: float | None) -> SlotReport:
         """Let slot `target` hold what `slot` holds; nothing is copied, as both share the chunks."""
         start = time.perf_counter()
         if slot == target:
             raise PreconditionError(f"slot {slot} cannot be forked to itself: name another one")
-        with self._kept(slot, "saving", wait_until), self._kept(target, "restoring", wait_until):
+        with (
+            self._operation(operation) as progress,
+            self._kept(slot, "saving", wait_until, progress),
+            self._kept(target, "restoring", wait_until, progress),
+        ):
             conversation = self._conversation(slot)
             copy = dataclasses.replace(conversation, named=True, resumable="", last_used=time.time())
             with self._changed:

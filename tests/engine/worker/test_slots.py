@@ -163,11 +163,11 @@ def test_a_busy_slot_is_refused_or_waited_for(model: Path, store: Store) -> None
 def test_fork_and_erase(model: Path, store: Store) -> None:
     with served(model, store) as server:
         answer = server.ask(PROMPT, slot=0)[1]
-        server.engine.slots.fork(0, 1, None)
+        server.engine.slots.fork("f", 0, 1, None)
         text = [*PROMPT, *answer]
         assert server.ask([*text, 1], slot=1)[0] == len(text) - 1
         assert server.ask([*text, 2], slot=0)[0] >= len(text) - 1
-        server.engine.slots.erase(0, None)
+        server.engine.slots.erase("e", 0, None)
         assert server.engine.status().slots[0].tokens == 0
         with pytest.raises(PreconditionError, match="slot 0 is empty"):
             server.engine.slots.save("s", 0, "chat", None)
