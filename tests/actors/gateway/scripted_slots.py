@@ -36,12 +36,12 @@ class ScriptedSlots:
         self.cancelled.append(operation)
         self.cancel_seen.set()
 
-    async def erase_slot(self, operation: str, slot: int, wait_until: float | None) -> SlotReport:
+    async def erase_slot(self, operation: str, slot: int, wait_until: float | None) -> SlotReport:  # noqa: ARG002
         self.operations.append(("erase", slot, wait_until))
         self._fail()
         return SlotReport(slot=slot)
 
-    async def fork_slot(self, operation: str, slot: int, target: int, wait_until: float | None) -> SlotReport:
+    async def fork_slot(self, operation: str, slot: int, target: int, wait_until: float | None) -> SlotReport:  # noqa: ARG002
         self.operations.append(("fork", slot, target, wait_until))
         self._fail()
         return SlotReport(slot=target, tokens=600, computed=599)
