@@ -232,7 +232,7 @@ class Scheduler:
         if sequence.keys is not None:
             sequence.keys = ChunkKeys(sequence.keys.root)
         sequence.table.release()
-        sequence.computed = 0
+        sequence.computed = sequence.loadable = 0
         self._adopt(sequence)
 
     # --- slots and pages --------------------------------------------------------------------------
