@@ -185,10 +185,13 @@ class AttentionActor:
         """An answer's `Measurement`: see `Engine.measure_decode`."""
         return self._engine.measure_decode(token_id, start, count)
 
-    def stop(self, save_s: float = 0.0) -> None:
-        """End the step loop, then the shards' loops; conversations are saved for at most `save_s` seconds."""
+    def stop(self, save_s: float = 0.0, why: str = "") -> None:
+        """End the step loop, then the shards' loops; conversations are saved for at most `save_s` seconds.
+
+        why: what requests that still run are told.
+        """
         cache, until = self._plan.cache, time.monotonic() + save_s
-        self._engine.stop()
+        self._engine.stop(why)
         if cache.prompt_cache_file:
             try:
                 self._engine.slots.save_file(Path(cache.prompt_cache_file), all_tokens=cache.prompt_cache_all)

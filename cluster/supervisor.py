@@ -300,7 +300,7 @@ class Supervisor:
                 if member.role == "gateway":
                     ray.get(member.handle.stop.remote(message), timeout=_CALL_TIMEOUT_S)
                 elif member.role == "attention" and member.state != "starting":
-                    ray.get(member.handle.stop.remote(SAVE_S), timeout=SAVE_S + _CALL_TIMEOUT_S)
+                    ray.get(member.handle.stop.remote(SAVE_S, message), timeout=SAVE_S + _CALL_TIMEOUT_S)
         pending = [m.run for m in self._members if m.run is not None and m.state != "dead"]
         if pending:
             ray.wait(pending, num_returns=len(pending), timeout=_STOP_TIMEOUT_S)

@@ -50,6 +50,9 @@ if TYPE_CHECKING:
 GRAPH_ROWS = 16
 """Rows of a step that runs as a captured graph at most."""
 
+_ASLEEP = 0.8
+"""Of a step's expected time, for how much of it the host's thread sleeps."""
+
 
 class GpuForward:
     """Weights, KV pool, buffers and graphs of the attention side; `run` computes a batch's logits."""
@@ -59,8 +62,7 @@ class GpuForward:
     ) -> None:
         self.config, self.options, self._mailbox, self._path = config, options, mailbox, gguf.path
         self._stream = cupy().cuda.Stream(non_blocking=True)
-        # A thread that waits for it sleeps: spinning, it would take a processor from the shards and the gateway.
-        self._done = cupy().cuda.Event(block=True, disable_timing=True)
+        self._took: dict[int, float] = {}  # seconds of a step, by its rows, as of the fast ones
         with self._stream, compiling_told(progress.tell):
             self.weights = GpuWeights(gguf, options.max_rows, progress)
             self.pool = GpuKvPool(config, options.n_pages, options.kv_type)
@@ -140,8 +142,7 @@ class GpuForward:
             self._copy_words()
             if self._mailbox is not None:
                 self._mailbox.wake_shards()  # while the first layer's attention runs
-            self._done.record(self._stream)
-            self._done.synchronize()
+            self._await_end(rows, start)
         self._check_answered()
         if rows <= GRAPH_ROWS:
             logits: StepLogits = self._logits.of_rows(batch.logit_rows)
@@ -149,6 +150,19 @@ class GpuForward:
             logits = self._head_in_turns(len(batch.logit_rows))
         self._step_ms = 1e3 * (time.perf_counter() - start)
         return logits
+
+    def _await_end(self, rows: int, start: float) -> None:
+        """Wait for the step's kernels: asleep for most of the time that it took before, spinning for the rest.
+
+        A thread that spins takes a processor from the shards and the gateway, one that is woken comes late.
+        """
+        before = self._took.get(rows, 0.0)
+        if (left := _ASLEEP * before - (time.perf_counter() - start)) > 0:
+            time.sleep(left)
+        self._stream.synchronize()
+        took = time.perf_counter() - start
+        if rows <= GRAPH_ROWS:
+            self._took[rows] = min(took, 1.1 * before) if before else took
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:

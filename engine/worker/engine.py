@@ -94,14 +94,14 @@ class Engine:
         """Offer the conversations again that an earlier server left in the store; how many there are."""
         return self._caching.resume()
 
-    def stop(self) -> None:
-        """Make `run` return after the step under way; requests still there end with "unavailable".
+    def stop(self, why: str = "") -> None:
+        """Make `run` return after the step under way; requests still there end with "unavailable", and why.
 
         Returns when no step is under way any more.
         """
         with self._changed:
             self._stopping = True
-            self._scheduler.fail_all("the server is stopping", "unavailable")
+            self._scheduler.fail_all(why or "the server is stopping", "unavailable")
             self._changed.notify_all()
             while self._stepping:
                 self._changed.wait()

@@ -73,6 +73,7 @@ def test_a_killed_actor_ends_streams_as_unavailable_and_the_server_says_who(tiny
         with pytest.raises(grpc.RpcError) as failure:
             list(stream)
     assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert role in failure.value.details()
     code, errors = server.stop()
     assert code == 1
     assert str(victim) in errors

@@ -91,7 +91,7 @@ def sweep(
         Print one JSON object a line instead of the table.
     plot
         Draw milliseconds a token over depth into this file (.png, .svg, .pdf): the parts of a token if there is one
-        type of KV cache, one line for each if there are several.
+        type of KV cache; if there are several, for each all of it and what of it is attention's side.
     placement
         Where the model runs.
 
@@ -213,7 +213,7 @@ def require_plot(path: Path) -> None:
 
 
 def draw(windows: Sequence[Window], path: Path, title: str) -> None:
-    """Draw milliseconds a token over depth, of answers and of prompts: stacked parts, or a line for each KV type."""
+    """Draw milliseconds a token over depth, of answers and of prompts: stacked parts, or lines for each KV type."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.5), layout="constrained")
@@ -226,9 +226,11 @@ def draw(windows: Sequence[Window], path: Path, title: str) -> None:
             if len(kinds) == 1:
                 axes.stackplot(depths, *([ms[part] for ms in found] for part in PARTS), labels=list(PARTS))
             else:
-                axes.plot(depths, [sum(ms.values()) for ms in found], marker="o", markersize=3, label=kind)
+                line = axes.plot(depths, [sum(ms.values()) for ms in found], marker="o", markersize=3, label=kind)[0]
+                attention = [ms["attention"] for ms in found]
+                axes.plot(depths, attention, "--", color=line.get_color(), label=f"{kind}, attention's side of it")
         axes.set(title=f"{title}: {name}", xlabel="tokens in the context", ylabel="ms a token", ylim=(0, None))
-        axes.legend(loc="lower right")
+        axes.legend(loc="best")
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:

@@ -197,6 +197,7 @@ def test_products_are_captured_into_a_graph(qtype: str, load: Load) -> None:
     matrix, weights = load(qtype, 300, 1024)
     x, out = cupy.zeros((3, 1024), np.float32), cupy.empty((3, 300), np.float32)
     stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()  # the zeros are there
     with stream:
         stream.begin_capture()
         matrix.multiply(x, out, 3)
