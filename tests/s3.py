@@ -29,8 +29,8 @@ class CannotStartError(Exception):
 class S3Server:
     """A running server; `options` are what `open_store` needs, `environment` the same as variables."""
 
-    def __init__(self, process: subprocess.Popen[bytes], port: int, key: str, secret: str) -> None:
-        self.process, self.port = process, port
+    def __init__(self, command: list[str], folder: Path, port: int, key: str, secret: str) -> None:
+        self._command, self._folder, self.port = command, folder, port
         self.endpoint = f"http://127.0.0.1:{port}"
         self.options = {
             "endpoint": self.endpoint, "region": "us-east-1", "access_key_id": key, "secret_access_key": secret,
@@ -55,16 +55,23 @@ class S3Server:
             f"-s3.port={s3}", f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}",
             "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false",
         ]  # fmt: skip
-        environment = os.environ | {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret}
-        with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        server = cls(process, s3, key, secret)
-        try:
-            server.wait(folder / "log")
-        except CannotStartError:
-            server.stop()
-            raise
+        server = cls(command, folder, s3, key, secret)
+        server.run()
         return server
+
+    def run(self) -> None:
+        """Start the process, again if it was stopped; CannotStartError if it does not come up."""
+        log = self._folder / "log"
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                self._command, cwd=self._folder, env=os.environ | self.environment, stdout=file,
+                stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        try:
+            self.wait(log)
+        except CannotStartError:
+            self.stop()
+            raise
 
     def wait(self, log: Path) -> None:
         """Wait until the bucket is there."""

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from numoe.engine.cache.health import OUTAGES
 from numoe.engine.cache.lineage import Lineage
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from numoe.engine.scheduler.load import Load
 
 logger = logging.getLogger(__name__)
+_LOOKS_S: Final = 1.0  # between two looks whether the store is back
 Layers = tuple[list[memoryview], int]
 """The layers of a chunk, and the bytes read from the store for them."""
 
@@ -73,7 +74,7 @@ class PromptCache:
         self._threads = [threading.Thread(target=self._export_pages, name="cache-export", daemon=True)]
         if tier is not None:
             self._threads.append(threading.Thread(target=self._write_chunks, name="cache-write", daemon=True))
-            self._threads.append(threading.Thread(target=self._list_chunks, name="cache-list", daemon=True))
+            self._threads.append(threading.Thread(target=self._watch_store, name="cache-watch", daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -241,12 +242,15 @@ class PromptCache:
 
     # --- the background ---------------------------------------------------------------------------
 
-    def _list_chunks(self) -> None:
+    def _watch_store(self) -> None:
+        """See what is in the store, at the start and after outages."""
         assert self.tier is not None
-        try:
-            self.tier.list_chunks()
-        except NumoeError as error:
-            logger.warning("the store's chunks could not be listed: %s", error)
+        while not self._closed:
+            with contextlib.suppress(NumoeError):  # it has been noted
+                self.tier.look_again()
+            with self._changed:
+                if not self._closed:
+                    self._changed.wait(max(_LOOKS_S, self.tier.reading.seconds_to_wait))
 
     def _export_pages(self) -> None:
         self._work(self._exports, self._export_page)

@@ -20,11 +20,11 @@ _LONGEST_PAUSE_S: Final = 60.0
 class Health:
     """Of reading from a store, or of writing to it: so no request waits for it twice.
 
-    error: why the store is left alone, or empty.
+    error: why the store is left alone, or empty. unreachable: whether that is because it did not answer.
     """
 
     def __init__(self, what: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self.error = ""
+        self.error, self.unreachable = "", False
         self._what, self._clock = what, clock
         self._pause, self._until = 0.0, 0.0
 
@@ -42,8 +42,13 @@ class Health:
             if not self.error:
                 logger.warning("the prompt cache goes on without %s its store: %s", self._what, error)
             self._pause = min(_LONGEST_PAUSE_S, max(_FIRST_PAUSE_S, 2 * self._pause))
-            self.error, self._until = str(error), self._clock() + self._pause
+            self.error, self.unreachable = str(error), isinstance(error, UnavailableError)
+            self._until = self._clock() + self._pause
             raise
+        self.recover()
+
+    def recover(self) -> None:
+        """Try again from now on."""
         if self.error:
             logger.warning("%s the store works again", self._what)
-            self.error, self._pause, self._until = "", 0.0, 0.0
+            self.error, self.unreachable, self._pause, self._until = "", False, 0.0, 0.0

@@ -52,7 +52,7 @@ class StoreTier:
         self._known: dict[bytes, _Known] = {}
         self._bytes = 0
         self._reserved = 0
-        self._written: int | None = None  # bytes since the last listing
+        self._listed, self._written = False, 0  # bytes since the last listing
 
     @property
     def nbytes(self) -> int:
@@ -66,12 +66,19 @@ class StoreTier:
 
     # --- looking ----------------------------------------------------------------------------------
 
+    def look_again(self) -> None:
+        """If the store was never seen, or has not answered for a while: see what is there; errors as `Store.list`."""
+        if not self._listed or self.reading.error or self.writing.unreachable:
+            self.list_chunks()
+            if self.writing.unreachable:
+                self.writing.recover()
+
     def list_chunks(self) -> None:
         """Learn which chunks there are, and when they were written."""
-        start = time.monotonic()
-        self._written = 0
+        start, written = time.monotonic(), self._written
         with self.reading.watch():
             entries = self.store.list(CHUNKS)
+        self._listed, self._written = True, self._written - written
         found = dict[bytes, tuple[int, float]]()
         for entry in entries:
             with contextlib.suppress(ValueError):
@@ -141,7 +148,6 @@ class StoreTier:
         with self.writing.watch(), self._room_for(nbytes):
             new = self.store.put_new(chunk_path(key), data)
             self._learn(key, nbytes, time.time())
-        if self._written is not None:
             self._written += nbytes
         return new
 
@@ -172,7 +178,7 @@ class StoreTier:
             yield
             return
         with self._making_room:
-            if self._written is None or self._written > self.limit // _SHARE:
+            if not self._listed or self._written > self.limit // _SHARE:
                 self.list_chunks()
             if self._bytes + self._reserved + nbytes > self.limit - self.limit // _SHARE:
                 self._make_room(nbytes, self.limit)

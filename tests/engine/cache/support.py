@@ -6,6 +6,7 @@ that one engine's work makes as many different conversations as a test needs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ import msgspec
 from numoe.engine.cache import PromptCache, RamTier, Snapshots, StoreTier
 from numoe.engine.cache.archive import NAME
 from numoe.engine.cache.snapshots import conversation_of
-from numoe.engine.kv.pages import PAGE_TOKENS
 from numoe.engine.scheduler.conversation import Conversation
 from numoe.engine.store import Store
 from numoe.engine.store.chunks import ChunkShape, decode_chunk, encode_chunk
@@ -102,5 +102,21 @@ class Saver:
         self._pool.shutdown()
 
 
-def full_chunks(conversation: Conversation) -> int:
-    return conversation.computed // PAGE_TOKENS
+class Interrupted:
+    """A store where something happens before one of the uses of an operation."""
+
+    def __init__(self, store: Store, operation: str, number: int, happens: Callable[[], None]) -> None:
+        self._store, self._operation, self._left, self._happens = store, operation, number, happens
+
+    def __getattr__(self, name: str) -> object:
+        found = getattr(self._store, name)
+        if name != self._operation:
+            return found
+
+        def call(*arguments: object) -> object:
+            self._left -= 1
+            if self._left == 0:
+                self._happens()
+            return found(*arguments)
+
+        return call

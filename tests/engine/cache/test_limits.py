@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +21,7 @@ from numoe.engine.errors import NotFoundError, ResourceError
 from numoe.engine.store import Store, open_store
 from numoe.engine.store.keys import chunk_path
 from tests.engine.cache.conftest import Story
-from tests.engine.cache.support import Saver, Talk
+from tests.engine.cache.support import Interrupted, Saver, Talk
 
 KEYS = [bytes([number]) * 32 for number in range(12)]
 PUTS = st.tuples(st.just("put"), st.integers(0, 11), st.integers(1, 40), st.booleans())
@@ -143,26 +145,6 @@ def test_equal_chunks_of_two_servers_are_stored_once(story: Story, open_again: C
         assert len(open_again().list("chunks")) == 3
 
 
-class Interrupted:
-    """A store where something happens at the first use of an operation, before or after it."""
-
-    def __init__(self, store: Store, operation: str, number: int, happens: Callable[[], None]) -> None:
-        self._store, self._operation, self._left, self._happens = store, operation, number, happens
-
-    def __getattr__(self, name: str) -> object:
-        found = getattr(self._store, name)
-        if name != self._operation:
-            return found
-
-        def call(*arguments: object) -> object:
-            self._left -= 1
-            if self._left == 0:
-                self._happens()
-            return found(*arguments)
-
-        return call
-
-
 @pytest.mark.parametrize("operation", ["put_new", "put_if", "head", "list", "get_versioned", "delete"])
 def test_a_save_lacks_nothing_that_another_server_removes_meanwhile(
     story: Story, tmp_path: Path, operation: str
@@ -196,6 +178,43 @@ def test_a_save_lacks_nothing_that_another_server_removes_meanwhile(
                 fresh.cache.read(key, min(256, talk.manifest.computed - 256 * at))
         if not happened:
             return
+
+
+@pytest.mark.parametrize("operation", ["put_new", "list", "get", "delete"])
+def test_a_removal_takes_nothing_that_another_server_saves_meanwhile(
+    story: Story, tmp_path: Path, operation: str
+) -> None:
+    """Another server saves, as far as it gets, before any operation of who makes room."""
+    talk = Talk.read(story.files[1])
+    conversation, mine = talk.salted(b"mine")
+    for number in itertools.count(1):
+        folder = tmp_path / f"{operation}-{number}"
+        for key, data in mine.items():
+            open_store(folder).put_new(chunk_path(key), data)
+        savers: list[threading.Thread] = []
+
+        def save(folder: Path = folder) -> None:
+            with saver_of(talk, open_store(folder)) as saver:
+                saver.hold(mine)
+                saver.snapshots.save(conversation, "chat", Progress())
+
+        def begin(savers: list[threading.Thread] = savers, save: Callable[[], None] = save) -> None:
+            savers.append(threading.Thread(target=save))
+            savers[0].start()
+            savers[0].join(0.1)  # unless it waits for the removal
+
+        store = Interrupted(open_store(folder), operation, number, begin)
+        with saver_of(talk, store, 2 * talk.manifest.chunk_bytes) as other:  # type: ignore[arg-type]
+            for salt in (b"x", b"y"):
+                for key, data in talk.salted(salt)[1].items():
+                    with contextlib.suppress(ResourceError):
+                        other.tier.write(key, data)
+        if not savers:
+            return
+        savers[0].join()
+        with saver_of(talk, open_store(folder)) as fresh:
+            for at, key in enumerate(fresh.snapshots.manifest("chat").keys):
+                fresh.cache.read(key, min(256, talk.manifest.computed - 256 * at))
 
 
 def test_store_tier_counts_what_is_there(tmp_path: Path) -> None:
