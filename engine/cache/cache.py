@@ -65,6 +65,7 @@ class PromptCache:
         self._lineage = Lineage()
         self._changed = threading.Condition()
         self._exports: deque[bytes] = deque()
+        self._wanted: set[bytes] = set()  # of them, those whose pages somebody waits for
         self._writes: deque[bytes] = deque()
         self._busy = 0
         self._closed = False
@@ -173,6 +174,8 @@ class PromptCache:
             for key in keys:
                 if key not in waiting:
                     (self._exports.appendleft if first else self._exports.append)(key)
+            if first:
+                self._wanted.update(keys)
             self._changed.notify_all()
 
     def encode(self, key: bytes) -> Buffer | None:
@@ -256,28 +259,35 @@ class PromptCache:
         self._work(self._exports, self._export_page)
 
     def _export_page(self, key: bytes) -> None:
+        done = True
         try:
-            if key in self.ram or (self.tier is not None and self.tier.knows(key)):
-                return
-            data = self.encode(key)
-            if data is None:
-                return
-            if not self._keep(key, data, waits=self.tier is not None):
-                self._without_room(key, data)
-            elif self.tier is not None:
+            done = self._export(key)
+        finally:
+            if done:
+                self._broker.saved(key)
+
+    def _export(self, key: bytes) -> bool:
+        """Copy a page to host memory; False if it stays where it is, as there is no room and nobody wants the page."""
+        with self._changed:
+            wanted = key in self._wanted
+            self._wanted.discard(key)
+        if key in self.ram or (self.tier is not None and self.tier.knows(key)):
+            return True
+        if (data := self.encode(key)) is None:
+            return True
+        if self._keep(key, data, waits=self.tier is not None):
+            if self.tier is not None:
                 with self._changed:
                     self._writes.append(key)
                     self._changed.notify_all()
-        finally:
-            self._broker.saved(key)
-
-    def _without_room(self, key: bytes, data: Buffer) -> None:
-        """Host memory is full of what waits for the store: write what a slot needs past it, drop other chunks."""
+            return True
+        # Host memory is full of what waits for the store: what a slot needs is written past it.
         if self.tier is not None and not self.tier.writing.seconds_to_wait and self._broker.in_slot(key):
             with contextlib.suppress(*OUTAGES):
                 self._store(key, data)
-                return
-        self._dropped += 1
+                return True
+        self._dropped += wanted
+        return wanted
 
     def _write_chunks(self) -> None:
         self._work(self._writes, self._write_chunk)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from numoe.engine.cache.claims import REMOVES_WITHIN_S, Claims
 from numoe.engine.cache.health import Health
-from numoe.engine.errors import NotFoundError, NumoeError, ResourceError
+from numoe.engine.errors import NotFoundError, NumoeError, ResourceError, UnavailableError
 from numoe.engine.store import Store
 from numoe.engine.store.keys import CHUNKS, chunk_path
 
@@ -146,7 +146,10 @@ class StoreTier:
         """Write a chunk unless it is there; whether it was not. ResourceError if the limit leaves no room."""
         nbytes = memoryview(data).nbytes
         with self.writing.watch(), self._room_for(nbytes):
-            new = self.store.put_new(chunk_path(key), data)
+            try:
+                new = self.store.put_new(chunk_path(key), data)
+            except NotFoundError as error:  # of the folder or bucket
+                raise UnavailableError(str(error)) from error
             self._learn(key, nbytes, time.time())
             self._written += nbytes
         return new
