@@ -24,6 +24,7 @@ SERVICES = {
     "Generation": ("Generate", "Abort"),
     "Tokenizer": ("Tokenize", "Detokenize", "ApplyTemplate"),
     "Model": ("GetModel", "ListModels"),
+    "Slot": ("ListSlots", "SaveSlot", "RestoreSlot", "EraseSlot", "ForkSlot", "ListSnapshots", "RemoveSnapshot"),
     "Admin": ("GetStatus",),
 }
 METHODS = [f"/numoe.v1.{name}Service/{method}" for name, methods in SERVICES.items() for method in methods]
