@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,18 +32,24 @@ class AttentionActor:
 
     def __init__(self, plan: Plan, folder: str) -> None:
         self._plan, self._folder = plan, Path(folder)
-        self._pushes, self._pushing = 0, threading.Lock()
+        self._gateway: Any = None
+        self._connection, self._pushes, self._pushing = 0, 0, threading.Lock()
+        self._loop: Future[None] | None = None
+        self._starting = threading.Lock()
 
     def identity(self) -> Identity:
         """Who this process is."""
         return identity()
 
-    def create_mailbox(self) -> None:
-        """Make the mailbox that the shards attach to."""
+    def open_mailbox(self, *, create: bool) -> None:
+        """Make the mailbox that the shards attach to, or take the place of the worker that made it."""
         from numoe.engine.experts.mailbox import Mailbox
 
-        layout = self._plan.mailbox
-        self._mailbox = Mailbox.create(str(self._folder / "mailbox"), layout) if layout else None
+        layout, path = self._plan.mailbox, str(self._folder / "mailbox")
+        self._mailbox = None
+        if layout is not None:
+            self._mailbox = Mailbox.create(path, layout) if create else Mailbox.attach(path, layout)
+            self._mailbox.take_over()
 
     def initialize(self) -> None:
         """Load everything but the experts and build the forward pass."""
@@ -84,7 +91,6 @@ class AttentionActor:
                 keep=plan.cache.keep,
             )
         )
-        self._gateway: Any = None
         weights = self._forward.slice
         self._reporter = SliceReporter(weights, plan.attention.memory or plan.attention.nodes) if weights else None
         self._engine = Engine(scheduler, self._forward, self._push, **tiers)
@@ -114,20 +120,30 @@ class AttentionActor:
             return None
         return describe(self._plan.attention, self._reporter, self._forward.ran_on)
 
-    def connect(self, gateway: Any) -> None:
-        """Send events to this gateway actor from now on."""
-        self._gateway = gateway
+    def connect(self, gateway: Any, connection: int) -> None:
+        """Send events to this gateway actor from now on, with this number; what another one asked for ends.
+
+        gateway: None if there is none.
+        """
+        with self._pushing:
+            self._gateway = None
+        self._engine.abandon()
+        with self._pushing:
+            self._gateway, self._connection, self._pushes = gateway, connection, 0
 
     def _push(self, events: list[Event]) -> None:
         """One message per step, whatever the batch size; nothing waits for its arrival."""
         with self._pushing:  # a step and a slot's operation may come at once
             if self._gateway is not None:
-                self._gateway.deliver.remote(self._pushes, events)
+                self._gateway.deliver.remote(self._connection, self._pushes, events)
                 self._pushes += 1
 
     def run(self) -> None:
-        """Run steps until `stop`; while this is pending, the worker is alive."""
-        self._engine.run()
+        """Run steps until `stop`; while this is pending, the worker is alive. Who calls again waits with the first."""
+        with self._starting:
+            if self._loop is None:
+                self._loop = ThreadPoolExecutor(1, "numoe-steps").submit(self._engine.run)
+        self._loop.result()
 
     def submit(self, request: GenerationRequest) -> None:
         """Queue a request."""

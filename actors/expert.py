@@ -15,22 +15,34 @@ from numoe.engine.progress import Progress
 class ExpertActor:
     """Ray actor. `__init__` is cheap; `initialize` loads; `run` serves until the mailbox says stop."""
 
-    def __init__(self, plan: Plan, folder: str, index: int) -> None:
-        self._plan, self._folder, self._index = plan, Path(folder), index
+    def __init__(self, plan: Plan, folder: str) -> None:
+        self._plan, self._folder = plan, Path(folder)
 
     def identity(self) -> Identity:
         """Who this process is."""
-        return identity(numa_node=self._plan.shards[self._index].numa_node)
+        return identity()
 
-    def initialize(self) -> None:
-        """Place the shard's slice in shared memory, or attach to it where it lies."""
+    def prepare(self) -> None:
+        """Have the modules and kernels in memory that any shard takes; `initialize` does, too."""
+        import numoe.engine.experts.shard  # noqa: F401
+        from numoe.engine.gguf import GgufFile
+        from numoe.engine.kernels import compile_kernel, needed_kernels
+
+        with GgufFile.open(self._plan.model) as gguf:
+            for name in needed_kernels(gguf):
+                if name.startswith(("product:", "loop:shard")):
+                    compile_kernel(name)
+
+    def initialize(self, index: int) -> None:
+        """Be shard `index`: place its slice in shared memory, or attach to it where it lies."""
         from numoe.engine.experts.mailbox import Mailbox
         from numoe.engine.experts.shard import ExpertShard
         from numoe.engine.gguf import GgufFile
         from numoe.engine.models.config import ModelConfig
         from numoe.engine.weights import CachedPages, SliceReporter
 
-        plan, placement = self._plan, self._plan.shards[self._index]
+        self._index = index
+        plan, placement = self._plan, self._plan.shards[index]
         gguf = GgufFile.open(plan.model)
         assert plan.mailbox is not None
         mailbox = Mailbox.attach(str(self._folder / "mailbox"), plan.mailbox)

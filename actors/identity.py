@@ -9,13 +9,12 @@ import msgspec
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
-    """A process; numa_node is None where it is bound to none."""
+    """A process."""
 
     pid: int
     host: str
-    numa_node: int | None = None
 
 
-def identity(numa_node: int | None = None) -> Identity:
+def identity() -> Identity:
     """Identify the calling process."""
-    return Identity(pid=os.getpid(), host=socket.gethostname(), numa_node=numa_node)
+    return Identity(pid=os.getpid(), host=socket.gethostname())

@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -15,15 +16,17 @@ from typing import Any
 
 import psutil
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayError
 
 from numoe.actors.attention import AttentionActor
 from numoe.actors.expert import ExpertActor
 from numoe.actors.gateway.actor import GatewayActor
 from numoe.cluster.endpoint import Endpoint
+from numoe.cluster.member import ServerRecord, is_stopped
+from numoe.cluster.placing import NAMESPACE, ActorClasses, kill_actors
 from numoe.cluster.plan import Plan
 from numoe.cluster.status import TAKE_DOWN_S, LoadProgress
-from numoe.cluster.supervisor import NAMESPACE, ActorClasses, Supervisor
+from numoe.cluster.supervisor import Supervisor, supervisor_name
 from numoe.deploy.raylets import PRIVATE_TEMP, find_raylets
 from numoe.deploy.signals import StopSignals, uninterrupted
 from numoe.engine import shm
@@ -34,6 +37,8 @@ from numoe.engine.weights import free_weights
 _OWN_TEMP_DIR = f"{PRIVATE_TEMP}/{os.getpid()}"
 _OWNER_VARIABLE = "NUMOE_RAY_OWNER"
 _OBJECT_STORE_BYTES = 128 << 20  # Ray's default is 30 % of memory, and lies where the weights lie
+_LOOK_S = 0.5
+_RESTART_S = 30.0  # in which Ray has restarted a supervisor
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -127,7 +132,10 @@ class Server:
         self.plan, self._keep_weights = plan, keep_weights
         self._instance = f"{int(time.time()):x}-{secrets.token_hex(3)}"
         classes = ActorClasses(gateway=GatewayActor, attention=AttentionActor, expert=ExpertActor)
-        options = {"name": f"supervisor-{self._instance}", "lifetime": "detached", "num_cpus": 0, "max_concurrency": 16}
+        options = {
+            "name": supervisor_name(self._instance), "lifetime": "detached", "num_cpus": 0, "max_concurrency": 16,
+            "max_restarts": -1, "max_task_retries": 0,
+        }  # fmt: skip
         self.supervisor: Any = ray.remote(Supervisor).options(**options).remote(
             self._instance, plan, classes, endpoint, keep_weights=keep_weights
         )
@@ -145,27 +153,51 @@ class Server:
         yield unwrap(self.supervisor.progress.remote())
 
     def wait(self, stop: threading.Event) -> str:
-        """Block until the server is down or `stop` is set; why it is down, empty if it was told to stop."""
-        ended = self.supervisor.wait.remote()
+        """Block until the server is down or `stop` is set; why it is down, empty if it was told to stop.
+
+        The supervisor watches the others; here it is watched. Ray starts it again when it dies.
+        """
+        ended, looks = self.supervisor.wait.remote(), 0
         while not stop.is_set():
-            if ray.wait([ended], timeout=1.0)[0]:
-                return str(unwrap(ended))
+            if ray.wait([ended], timeout=_LOOK_S)[0]:
+                try:
+                    return str(unwrap(ended, restarts=True))
+                except ActorUnavailableError:
+                    time.sleep(_LOOK_S)
+                    ended = self.supervisor.wait.remote()
+            record = ServerRecord.load(shm.ROOT / self._instance)
+            looks = looks + 1 if record and is_stopped(record.pid, record.host) else 0
+            if record and looks > 1:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(record.pid, signal.SIGKILL)
         return ""
+
+    def _ask(self, method: str, *args: Any) -> Any:
+        """What the supervisor answers, again and again while Ray restarts it."""
+        until = time.monotonic() + _RESTART_S
+        while True:
+            try:
+                return unwrap(getattr(self.supervisor, method).remote(*args), restarts=True)
+            except ActorUnavailableError as error:
+                if time.monotonic() > until:
+                    raise UnavailableError(f"the supervisor does not come back: {_first_line(error)}") from error
+                time.sleep(_LOOK_S)
 
     def worker(self) -> Any:
         """The attention worker's handle."""
-        return unwrap(self.supervisor.worker.remote())
+        return self._ask("worker")
 
     def close(self, drain_s: float = 0.0) -> None:
         """Take everything down, after running requests had `drain_s` seconds."""
         try:
-            ended = self.supervisor.wait.remote()
-            ray.get(self.supervisor.shutdown.remote(drain_s))
-            ray.wait([ended], timeout=drain_s + TAKE_DOWN_S)
-            ray.kill(self.supervisor)
-        except RayError:
+            self._ask("shutdown", drain_s)
+            ray.wait([self.supervisor.wait.remote()], timeout=drain_s + TAKE_DOWN_S)
+        except (RayError, UnavailableError):
             pass
         finally:
+            with contextlib.suppress(RayError):
+                ray.kill(self.supervisor)
+            kill_actors(self._instance)
             self._remove_memory()
 
     def _remove_memory(self) -> None:
@@ -176,13 +208,22 @@ class Server:
         shm.remove_folder(folder)
 
 
-def unwrap(reference: Any) -> Any:
-    """ray.get with numoe's own errors as they were raised; others become UnavailableError."""
+def unwrap(reference: Any, *, restarts: bool = False) -> Any:
+    """ray.get with numoe's own errors as they were raised; others become UnavailableError.
+
+    restarts: of an actor that Ray starts again; while it does, ActorUnavailableError is raised.
+    """
     try:
         return ray.get(reference)
     except RayError as error:
+        if restarts and isinstance(error, ActorUnavailableError):
+            raise
         cause = getattr(error, "cause", None)
         if isinstance(cause, NumoeError):
             raise cause from None
-        what = str(cause or error).strip().splitlines()[0]
+        what = _first_line(cause or error)
         raise UnavailableError(f"an actor failed ({what}); its log is in Ray's session folder") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]

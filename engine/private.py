@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import stat
 from pathlib import Path
 from typing import NamedTuple
@@ -53,6 +54,13 @@ def write_private(path: Path, content: bytes) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
     with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
         file.write(content)
+
+
+def replace_private(path: Path, content: bytes) -> None:
+    """As `write_private`, but whoever reads the file meanwhile finds what was there before."""
+    staged = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    write_private(staged, content)
+    staged.rename(path)
 
 
 def read_secret(path: Path) -> tuple[bytes, Stamp]:

@@ -52,6 +52,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     bypass_cache: cached keys and values are neither used nor left behind.
     slot:        run in this slot, going on from what it holds, or None for any.
     slot_deadline: `time.time()` until which to wait while others use that slot; None: not at all.
+    generated:   the first tokens of the answer, where a worker that died has made them: the next one goes
+                 on behind them as if nothing had happened, and only what follows is told.
     """
 
     request_id: str
@@ -65,6 +67,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     bypass_cache: bool = False
     slot: int | None = None
     slot_deadline: float | None = None
+    generated: tuple[int, ...] = ()
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ import mmap
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 import psutil
 
 from numoe.engine.errors import AccessError, ResourceError, UnavailableError
-from numoe.engine.private import make_private_folder, write_private
+from numoe.engine.private import make_private_folder, replace_private
 
 ROOT = Path(f"/dev/shm/numoe-{os.getuid()}")  # noqa: S108 - shared memory is what this is for
 _OWNER_FILE = "owner"
@@ -81,14 +82,17 @@ def create_folder(instance: str) -> Path:
     make_private_folder(ROOT)
     folder = ROOT / instance
     folder.mkdir(mode=0o700)
-    adopt_folder(folder, os.getpid())
+    adopt_folder(folder, [os.getpid()])
     return folder
 
 
-def adopt_folder(folder: Path, pid: int) -> None:
-    """Make process `pid` the owner of an instance's folder."""
-    started = psutil.Process(pid).create_time()
-    write_private(folder / _OWNER_FILE, f"{pid} {started}".encode())
+def adopt_folder(folder: Path, pids: Iterable[int]) -> None:
+    """Make processes the owners of an instance's folder, which `remove_stale` spares while one of them lives."""
+    owners = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            owners.append(f"{pid} {psutil.Process(pid).create_time()}")
+    replace_private(folder / _OWNER_FILE, "\n".join(owners).encode())
 
 
 def remove_folder(folder: Path) -> None:
@@ -116,10 +120,15 @@ def remove_stale() -> list[Path]:
 
 def _owner_lives(folder: Path) -> bool:
     try:
-        pid, started = (folder / _OWNER_FILE).read_text().split()
-        return abs(psutil.Process(int(pid)).create_time() - float(started)) < 1.0
-    except psutil.NoSuchProcess:
-        return False
+        owners = [line.split() for line in (folder / _OWNER_FILE).read_text().splitlines()]
+        return any(_lives(int(pid), float(started)) for pid, started in owners)
     except (OSError, ValueError):
         # Just being made, by another process that has not signed it yet.
         return folder.exists() and time.time() - folder.stat().st_mtime < _UNSIGNED_SECONDS
+
+
+def _lives(pid: int, started: float) -> bool:
+    try:
+        return abs(psutil.Process(pid).create_time() - started) < 1.0
+    except psutil.NoSuchProcess:
+        return False

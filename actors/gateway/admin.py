@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Any
+from collections.abc import Awaitable
+from typing import Any, TypeVar
 
 import grpc
 
@@ -25,6 +26,7 @@ from numoe.v1 import admin_pb2_grpc
 DEFAULT_DRAIN_S = 30.0
 ENGINE_TIMEOUT_S = 5.0  # a hung worker must not hide the rest of the status
 
+T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
 
 _SERVER_STATES = {
@@ -60,7 +62,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
 
     @answers_errors
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
-        """Tell as much as can be told: the worker's part is empty while it is down or hangs."""
+        """Tell as much as can be told: the parts of those who are down or hang are empty."""
         response = pb.GetStatusResponse(
             version=self._context.version,
             state=_SERVER_STATES[self._lifecycle.state],
@@ -68,10 +70,10 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             model=model_message(self._context),
             queue=pb.QueueStatus(streams=len(self._streams)),
         )
-        with contextlib.suppress(UnavailableError, TimeoutError):
-            async with asyncio.timeout(ENGINE_TIMEOUT_S):
-                response.actors.extend(_actor_message(actor) for actor in await self._engine.actors())
-                _add_worker(response, await self._engine.status())
+        actors, worker = await asyncio.gather(_soon(self._engine.actors()), _soon(self._engine.status()))
+        response.actors.extend(map(_actor_message, actors or ()))
+        if worker is not None:
+            _add_worker(response, worker)
         return response
 
     @answers_errors
@@ -85,6 +87,13 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         await self._lifecycle.set_draining()
         await self._engine.shutdown(deadline_s, keep_weights=request.keep_weights)
         return pb.ShutdownResponse(streams=streams)
+
+
+async def _soon(answer: Awaitable[T]) -> T | None:
+    """An answer, or None of those who are down or hang."""
+    with contextlib.suppress(UnavailableError, TimeoutError):
+        return await asyncio.wait_for(answer, ENGINE_TIMEOUT_S)
+    return None
 
 
 def _actor_message(actor: ActorInfo) -> pb.ActorStatus:

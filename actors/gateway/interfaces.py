@@ -14,13 +14,14 @@ from numoe.engine.text import Tokenizer
 class EngineClient(Protocol):
     """The way to the attention worker and the supervisor.
 
-    Every method raises UnavailableError while the other side is down.
+    Every method but `submit` and `abort` raises UnavailableError while the other side is down.
     """
 
     async def submit(self, request: GenerationRequest) -> None:
         """Queue a request; its events come through `RequestStreams.deliver`.
 
-        Raises ResourceError when the queue is full, InputError when the worker cannot serve it.
+        The request outlives its worker: another one goes on with it. Raises ResourceError when the
+        queue is full, InputError when the worker cannot serve it.
         """
 
     async def abort(self, request_id: str) -> None:

@@ -12,7 +12,7 @@ from numoe.engine.errors import UnavailableError
 LifecycleState = Literal["starting", "serving", "draining"]
 
 _REFUSALS: dict[LifecycleState, str] = {
-    "starting": "the server is not ready yet: the model is loading or a worker is being replaced; try again",
+    "starting": "the server is not ready yet: the model is loading; try again",
     "draining": "the server is shutting down and takes no new requests",
 }
 

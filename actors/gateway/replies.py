@@ -106,7 +106,8 @@ class Replies:
 
     request: what was submitted. arrived: `clock()` when the call came in. After the last message,
     `ended` is set; `error` is set too if the call must end with a status. `worker_finished` says
-    whether the worker knows that the request is over.
+    whether the worker knows that the request is over. What a worker tells of its start with a request
+    that another one had begun is not passed on.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class Replies:
         self._clock = clock
         self._arrived = self._started = self._first_token = arrived
         self._cached_tokens = 0
-        self._tokens = 0
+        self._tokens = self._starts = self._prefilled = 0
         self.ended = False
         self.worker_finished = False
         self.error: NumoeError | None = None
@@ -132,10 +133,14 @@ class Replies:
         """Messages for the events of one or more steps; tokens of all of them go into one."""
         for event in events:
             if isinstance(event, Started):
-                yield self._start(event)
+                self._starts += 1
+                if self._starts == 1:
+                    yield self._start(event)
             elif isinstance(event, PrefillProgress):
-                progress = pb.PrefillProgress(done=event.done_tokens, total=event.prompt_tokens)
-                yield pb.GenerateResponse(prefill=progress)
+                if event.done_tokens > self._prefilled:
+                    self._prefilled = event.done_tokens
+                    progress = pb.PrefillProgress(done=event.done_tokens, total=event.prompt_tokens)
+                    yield pb.GenerateResponse(prefill=progress)
             elif isinstance(event, TokenGenerated):
                 self._push(event)
                 if self._text.stop_string is not None:
@@ -163,13 +168,16 @@ class Replies:
         self._tokens += 1
         self._text.push(event)
 
-    def _end_at_stop_string(self) -> Iterator[pb.GenerateResponse]:
-        now = self._clock()
-        timings = Timings(
+    def _timings(self) -> Timings:
+        """How long the phases took, as seen from here."""
+        return Timings(
             queued_ms=1e3 * (self._started - self._arrived),
             prefill_ms=1e3 * (self._first_token - self._started),
-            decode_ms=1e3 * (now - self._first_token),
+            decode_ms=1e3 * (self._clock() - self._first_token),
         )
+
+    def _end_at_stop_string(self) -> Iterator[pb.GenerateResponse]:
+        timings = self._timings()
         yield from self._token_messages(*self._text.take_last())
         yield self._finished(pb.FINISH_REASON_STOP, self._tokens, timings, self._tokens - 1)
         self.ended = True
@@ -191,7 +199,8 @@ class Replies:
             reason = _REASONS["stop" if self._text.stop_string is not None else event.reason]
             # A stop token takes a decode step too, though it is not among the tokens received.
             steps = self._tokens if event.reason == "stop" else self._tokens - 1
-            yield self._finished(reason, event.completion_tokens, event.timings, steps)
+            timings = event.timings if self._starts <= 1 else self._timings()  # the last worker knows its part only
+            yield self._finished(reason, event.completion_tokens, timings, steps)
 
     def _finished(
         self, reason: pb.FinishReason.ValueType, tokens: int, timings: Timings, decode_steps: int

@@ -7,15 +7,28 @@ event loop and nothing blocks it.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import msgspec
+
 from numoe.actors.gateway.errors import RequestIdInUseError, SlowReaderError
 from numoe.engine.errors import NumoeError, ResourceError, UnavailableError
-from numoe.engine.requests import Event, PrefillProgress, SlotProgress
+from numoe.engine.requests import (
+    Event,
+    Finished,
+    GenerationRequest,
+    PrefillProgress,
+    SlotProgress,
+    Started,
+    TokenGenerated,
+)
 
 _PROGRESS = (PrefillProgress, SlotProgress)
+MAX_FRUITLESS = 8
+"""Workers in a row that may die over a request without a token of it."""
 
 
 class RequestStream:
@@ -23,6 +36,8 @@ class RequestStream:
 
     At most `backlog` events wait. When one more comes, all are dropped, the reader will see
     SlowReaderError, and `on_overflow` is called once.
+
+    What has come is counted, so that another worker can go on with the request (`remainder`).
     """
 
     def __init__(self, request_id: str, backlog: int, on_overflow: Callable[[str], None]) -> None:
@@ -32,11 +47,47 @@ class RequestStream:
         self._events: deque[Event] = deque()
         self._failure: NumoeError | None = None
         self._changed = asyncio.Event()
+        self._request: GenerationRequest | None = None
+        self._generated: list[int] = []
+        self._started = self._finished = False
+        self._fruitless = 0
+
+    def submitted(self, request: GenerationRequest) -> None:
+        """Note what the worker is asked for."""
+        self._request = request
+
+    def remainder(self) -> GenerationRequest | None:
+        """The request as another worker has to go on with it, None if there is nothing left to do.
+
+        Fails the stream, so that a request that kills every worker comes to an end, when several in a row
+        have not got any further with it.
+        """
+        request = self._request
+        if request is None or self._finished or self._failure is not None:
+            return None
+        if len(request.generated) == len(self._generated):
+            self._fruitless += 1
+            if self._fruitless > MAX_FRUITLESS:
+                self.fail(UnavailableError(f"{self._fruitless} workers in a row have died over this request"))
+                return None
+        else:
+            self._fruitless = 0
+        has_slot = request.slot is not None and (self._started or request.slot_deadline is None)
+        self._request = msgspec.structs.replace(
+            request,
+            generated=tuple(self._generated),
+            slot_deadline=math.inf if has_slot else request.slot_deadline,
+        )
+        return self._request
 
     def push(self, event: Event) -> None:
         """Add an event for the reader."""
         if self._failure is not None:
             return
+        if isinstance(event, TokenGenerated):
+            self._generated.append(event.token_id)
+        self._started = self._started or isinstance(event, Started)
+        self._finished = self._finished or isinstance(event, Finished)
         if isinstance(event, _PROGRESS) and self._events and type(self._events[-1]) is type(event):
             self._events.pop()  # only the latest progress is of interest
         if len(self._events) >= self._backlog:
@@ -50,6 +101,10 @@ class RequestStream:
             return
         self._events.append(event)
         self._changed.set()
+
+    def close(self) -> None:
+        """Nobody reads it any more, so no worker need go on."""
+        self._request = None
 
     def fail(self, error: NumoeError) -> None:
         """Let the reader see `error` after the events that already wait."""
@@ -85,6 +140,9 @@ class RequestStreams:
     def __len__(self) -> int:
         return len(self._streams)
 
+    def __getitem__(self, request_id: str) -> RequestStream:
+        return self._streams[request_id]
+
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._streams
 
@@ -103,6 +161,7 @@ class RequestStreams:
         try:
             yield stream
         finally:
+            stream.close()
             del self._streams[request_id]
             if not self._streams:
                 self._idle.set()
@@ -112,6 +171,10 @@ class RequestStreams:
         for event in events:
             if (stream := self._streams.get(event.request_id)) is not None:
                 stream.push(event)
+
+    def __iter__(self) -> Iterator[RequestStream]:
+        """The open streams, in the order that they were opened in."""
+        return iter(list(self._streams.values()))
 
     def fail_all(self, message: str) -> None:
         """End every open stream with UnavailableError, for when the worker is gone."""

@@ -118,7 +118,14 @@ class Scheduler:
         table = PageTable(self.ledger.allocator)
         sequence = Sequence(request, sampler, table, next(self._numbers), self._clock(), keys)
         self._waiting.append(sequence)
-        self.ledger.look_up(sequence, self._clock())
+        for token_id in request.generated:
+            if self._is_complete(sequence):
+                break
+            self._extend(sequence, token_id)
+        if self._is_complete(sequence):
+            self._finish(sequence, "length")
+        else:
+            self.ledger.look_up(sequence, self._clock())
 
     def abort(self, request_id: str, reason: FinishReason = "cancelled") -> bool:
         """End a request; its slot and pages are free when this returns. Whether there was one."""
@@ -213,27 +220,36 @@ class Scheduler:
         if token.token_id in request.stop_ids:
             self._finish(sequence, "stop")
             return
-        sequence.tokens.append(token.token_id)
-        sequence.generated += 1
+        shortened = self._extend(sequence, token.token_id)
         self._events.append(TokenGenerated(request.request_id, token.token_id, token.logprob, token.top_logprobs))
-        if sequence.generated >= request.max_tokens:
+        if self._is_complete(sequence):
             self._finish(sequence, "length")
-        elif len(sequence.tokens) >= self.config.context:
-            if self.config.keep is None:
-                self._finish(sequence, "length")
-            else:
-                self._drop_middle(sequence, self.config.keep)
+        elif shortened:
+            if sequence.keys is not None:
+                sequence.keys = ChunkKeys(sequence.keys.root)
+            sequence.table.release()
+            sequence.computed = sequence.loadable = 0
+            self._adopt(sequence)
 
-    def _drop_middle(self, sequence: Sequence, keep: int) -> None:
-        """Make room in a full context: of what follows the first `keep` tokens, the older half goes."""
-        tokens = sequence.tokens
+    def _extend(self, sequence: Sequence, token_id: int) -> bool:
+        """Add a token of the answer; whether the context was full, and the middle of the tokens dropped.
+
+        Of what follows the first tokens, which are kept, the older half goes.
+        """
+        tokens, keep = sequence.tokens, self.config.keep
+        tokens.append(token_id)
+        sequence.generated += 1
+        if keep is None or len(tokens) < self.config.context or self._is_complete(sequence):
+            return False
         keep = min(sequence.prompt_tokens if keep < 0 else keep, len(tokens) - 2)
         del tokens[keep : keep + (len(tokens) - keep) // 2]
-        if sequence.keys is not None:
-            sequence.keys = ChunkKeys(sequence.keys.root)
-        sequence.table.release()
-        sequence.computed = sequence.loadable = 0
-        self._adopt(sequence)
+        return True
+
+    def _is_complete(self, sequence: Sequence) -> bool:
+        """Whether an answer is as long as it may be."""
+        if sequence.generated >= sequence.request.max_tokens:
+            return True
+        return self.config.keep is None and len(sequence.tokens) >= self.config.context
 
     # --- slots and pages --------------------------------------------------------------------------
 

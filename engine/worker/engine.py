@@ -64,8 +64,8 @@ class Engine:
 
     def submit(self, request: GenerationRequest) -> None:
         """Queue a request; ResourceError when the queue is full, InputError when it can never run."""
-        vocab = self._forward.config.vocab
-        if request.token_ids and not 0 <= min(request.token_ids) <= max(request.token_ids) < vocab:
+        vocab, ids = self._forward.config.vocab, (*request.token_ids, *request.generated)
+        if ids and not 0 <= min(ids) <= max(ids) < vocab:
             raise InputError(f"token ids must be from 0 to {vocab - 1}")
         with self._changed:
             if self._stopping:
@@ -84,6 +84,13 @@ class Engine:
                 # also have come after the end, and then must not hit a later request of that id.)
                 _remember(self._overtaken, request_id, reason)
             self._changed.notify()
+
+    def abandon(self) -> None:
+        """End every request and tell nobody: who asked for them is gone."""
+        with self._changed:
+            self._scheduler.fail_all("", "cancelled")
+            self._scheduler.drain_events()
+            self._changed.notify_all()
 
     def status(self) -> WorkerStatus:
         """What is running, what waits, and where the last step's time went."""

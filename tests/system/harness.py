@@ -35,6 +35,7 @@ class ServeProcess:
     def __init__(self, model: Path, *flags: object, listen: str = "127.0.0.1:0") -> None:
         store = [] if "--store" in flags else ["--store", "none"]
         command = [NUMOE, "serve", str(model), "--listen", listen, *store, *(str(flag) for flag in flags)]
+        before = set(SHM.glob("*"))
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -44,6 +45,7 @@ class ServeProcess:
         self.address = found.group(1)
         self._source = source_fingerprint([model])
         self.pids = {p.pid for p in psutil.Process(self.process.pid).children(recursive=True)}
+        self._folders = [folder for folder in set(SHM.glob("*")) - before if self._may_own(folder)]
 
     def generate(self, *args: object) -> dict:
         """The JSON that `numoe generate` prints, greedy unless told otherwise."""
@@ -74,14 +76,25 @@ class ServeProcess:
             return probe.connect_ex((host, int(port))) != 0
 
     def left_over(self, patience: float = 10) -> list[str]:
-        """Processes, shared-memory files and weights that outlive the server (test-* are other tests')."""
+        """Processes, shared-memory files and weights that outlive the server."""
         end = time.monotonic() + patience
-        while (found := [*self._living(), *map(str, SHM.glob("[!t]*")), *self._weights()]) and time.monotonic() < end:
+        while (found := [*self._living(), *self._shared(), *self._weights()]) and time.monotonic() < end:
             time.sleep(0.2)
         return found
 
+    def _shared(self) -> list[str]:
+        return [str(folder) for folder in self._folders if folder.exists()]
+
+    def _may_own(self, folder: Path) -> bool:
+        """Whether a folder that came while this server started is not another test's or server's."""
+        with contextlib.suppress(OSError, psutil.NoSuchProcess):
+            owners = [int(line.split()[0]) for line in (folder / "owner").read_text().splitlines()]
+            private = any("numoe-ray" in " ".join(psutil.Process(pid).parent().cmdline()) for pid in owners)
+            return not folder.name.startswith("test-") and (not private or bool(self.pids & set(owners)))
+        return False
+
     def _weights(self) -> list[str]:
-        return [str(found.path) for found in stored_slices() if found.fingerprint == self._source]
+        return [str(w.path) for w in stored_slices() if w.fingerprint == self._source and not w.in_use]
 
     def _living(self) -> Iterator[str]:
         for pid in self.pids:

@@ -11,15 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-import grpc
 import numpy as np
 import psutil
 import pytest
 
-from numoe.deploy.client import Client
 from numoe.engine.gguf import GgufFile
 from numoe.engine.models.reference import reference_logits
-from numoe.v1 import generation_pb2 as pb
 from tests.models import make_model
 from tests.system.harness import NUMOE, ServeProcess, numoe
 
@@ -58,26 +55,6 @@ def test_a_signal_while_starting_undoes_what_has_begun(tiny_model: Path) -> None
     assert process.returncode == 0, errors
     _, left = psutil.wait_procs(children, timeout=10)
     assert not [child for child in left if child.status() != psutil.STATUS_ZOMBIE]
-
-
-@pytest.mark.parametrize("role", ["expert", "attention"])
-def test_a_killed_actor_ends_streams_as_unavailable_and_the_server_says_who(tiny_model: Path, role: str) -> None:
-    server = ServeProcess(tiny_model, "--shards", 2)
-    with Client(server.address) as client:
-        stream = client.generation.Generate(
-            pb.GenerateRequest(text="endless", stopping=pb.StopOptions(max_tokens=1900, ignore_eos=True))
-        )
-        next(message for message in stream if message.WhichOneof("event") == "tokens")
-        victim = next(actor["pid"] for actor in server.status()["actors"] if actor["role"] == role)
-        os.kill(victim, signal.SIGKILL)
-        with pytest.raises(grpc.RpcError) as failure:
-            list(stream)
-    assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert role in failure.value.details()
-    code, errors = server.stop()
-    assert code == 1
-    assert str(victim) in errors
-    assert server.left_over() == []
 
 
 @pytest.fixture(scope="module")

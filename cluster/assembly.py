@@ -1,0 +1,183 @@
+"""How a server's actors come up and are joined, at its start and when one is replaced.
+
+A worker is told: open_mailbox, initialize, attach_experts. A shard: initialize. A gateway: initialize, serve. All: run.
+Worker and gateway are joined: worker.connect(gateway), gateway.attach(worker).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from numoe.cluster.calls import get
+from numoe.cluster.endpoint import Endpoint
+from numoe.cluster.member import Member, Phase, ServerRecord
+from numoe.cluster.placing import Placing
+from numoe.cluster.plan import Plan
+from numoe.cluster.status import ActorRole
+from numoe.engine.errors import UnavailableError
+from numoe.engine.shm import adopt_folder
+from numoe.engine.weights import CachedPages, WeightSlice, hold_weights, is_loaded, sweep_incomplete
+
+_ANSWER_S = 20.0  # in which a new process says who it is
+_JOIN_S = 30.0
+
+
+class Assembly:
+    """The members of a server, in a folder that remembers them. supervisor: its actor's name in Ray."""
+
+    def __init__(self, plan: Plan, folder: Path, endpoint: Endpoint | None, placing: Placing, supervisor: str) -> None:
+        self._plan, self._folder, self._endpoint, self._placing = plan, folder, endpoint, placing
+        self._supervisor = supervisor
+        self.members: list[Member] = []
+        self.phase: Phase = "launching"
+        self.address = ""
+        self.supervisors = 0  # that have died
+        self._connection, self._joined = 0, ("", "")
+        self._joining, self._saving = threading.Lock(), threading.Lock()
+        self.weights: list[WeightSlice] = []
+
+    # --- the whole --------------------------------------------------------------------------------
+
+    def launch(self) -> None:
+        """Place all actors and bring them up. Raises the first one's error."""
+        self._placing.reserve()
+        if self._endpoint is not None:
+            self.members.append(Member("gateway", "gateway"))
+        self.members.append(Member("attention", "attention"))
+        for shard in self._plan.shards:
+            self.members.append(Member("expert", f"experts {shard.index}", shard.index, shard.numa_node))
+        for member in self.members:
+            member.actor, member.handle = self._placing.spawn(member.role, member.index)
+        for member in self.members:
+            self._identify(member)
+        worker = self.of("attention")[0]
+        get(worker.handle.open_mailbox.remote(create=True))
+        self._load()
+        get(worker.handle.attach_experts.remote())
+        for member in reversed(self.members):
+            self._serve(member)
+        self.phase = "running"
+        self.save()
+
+    def _load(self) -> None:
+        """Have the weights loaded or attached to, and leave the page cache as it was found."""
+        sweep_incomplete()
+        pages = None
+        if not all(is_loaded(key) for key in self._plan.slices):
+            pages = CachedPages.look(self._plan.files)
+            pages.save(self._folder)
+        loading = [member.handle.initialize.remote(member.index) for member in self.of("expert")]
+        get([*(member.handle.initialize.remote() for member in self.of("attention")), *loading])
+        if pages is not None:
+            pages.drop_all()
+        self.hold_weights()
+
+    def hold_weights(self) -> None:
+        """Keep the weights in shared memory, whoever dies."""
+        self.weights = hold_weights(self._folder)
+
+    def take_over(self, record: ServerRecord) -> list[Member]:
+        """Go on where another supervisor has died; the members that have to be replaced."""
+        self._placing.take_over()
+        self.address, self.phase, self.supervisors = record.address, record.phase, record.restarts + 1
+        self._connection, self._joined = record.connection, record.joined
+        self.members = [Member.of(remembered) for remembered in record.members]
+        lost = [member for member in self.members if member.handle is None or member.state != "running"]
+        self._placing.kill_others({member.actor for member in self.members if member not in lost})
+        for member in self.members:
+            if member not in lost:
+                member.run = self._run(member)
+        self.hold_weights()
+        self.save()
+        return lost
+
+    def save(self) -> None:
+        """Remember the members, and let the folder stay while any of them lives."""
+        with self._saving:
+            members = tuple(member.record() for member in self.members)
+            ServerRecord(
+                phase=self.phase, members=members, address=self.address,
+                connection=self._connection, joined=self._joined, restarts=self.supervisors,
+                pid=os.getpid(), host=socket.gethostname(),
+            ).save(self._folder)  # fmt: skip
+            adopt_folder(self._folder, [os.getpid(), *(member.pid for member in self.members if member.is_local)])
+
+    def of(self, role: ActorRole) -> list[Member]:
+        """The members of a role."""
+        return [member for member in self.members if member.role == role]
+
+    # --- one member -------------------------------------------------------------------------------
+
+    def replace(self, member: Member) -> None:
+        """Put another actor in a dead member's place. Raises UnavailableError if that dies or hangs, too."""
+        if member.role == "gateway":
+            self._abandon_requests()
+        member.kill()
+        member.actor, member.handle = self._placing.replacement(member.role, member.index)
+        self._identify(member)
+        if member.role == "attention":
+            get(member.handle.open_mailbox.remote(create=False))
+            get(member.handle.initialize.remote())
+            get(member.handle.attach_experts.remote())
+        elif member.role == "expert":
+            get(member.handle.initialize.remote(member.index))
+        self._serve(member)
+        self.save()
+
+    def _identify(self, member: Member) -> None:
+        member.pid = 0
+        who = get(member.handle.identity.remote(), _ANSWER_S)
+        member.pid, member.host = who.pid, who.host
+        self.save()
+
+    def _serve(self, member: Member) -> None:
+        """Have a member that is initialized do its work, for each other and for clients."""
+        if member.role == "gateway":
+            assert self._endpoint is not None
+            endpoint = replace(self._endpoint, listen=self.address or self._endpoint.listen)
+            supervisor = ray.get_actor(self._supervisor)
+            self.address = get(member.handle.initialize.remote(endpoint, supervisor))
+        if member.role == "expert" or self._endpoint is not None:
+            member.run = self._run(member)
+        member.came_up()
+        self.join()
+        if member.role == "gateway":
+            get(member.handle.serve.remote())
+
+    def _run(self, member: Member) -> Any:
+        return member.handle.run.remote()
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether worker and gateway are both up, but not connected with each other."""
+        pair = self.of("attention") + self.of("gateway")
+        running = len(pair) == 2 and all(member.state == "running" for member in pair)
+        return running and tuple(member.actor for member in pair) != self._joined
+
+    def join(self) -> None:
+        """Connect worker and gateway if they are apart. Where one of them is dead, its successor is connected."""
+        with self._joining:
+            if not self.is_apart:
+                return
+            (worker,), (gateway,) = self.of("attention"), self.of("gateway")
+            names = worker.actor, gateway.actor
+            self._connection += 1
+            with contextlib.suppress(UnavailableError):
+                get(worker.handle.connect.remote(gateway.handle, self._connection), _JOIN_S)
+                get(gateway.handle.attach.remote(worker.handle, self._connection), _JOIN_S)
+                self._joined = names
+                self.save()
+
+    def _abandon_requests(self) -> None:
+        """Have the worker end what a dead gateway has asked for."""
+        for worker in self.of("attention"):
+            with contextlib.suppress(UnavailableError):  # one that is being replaced itself
+                get(worker.handle.connect.remote(None, self._connection), _ANSWER_S)

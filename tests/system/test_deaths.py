@@ -1,0 +1,156 @@
+"""Any actor may die or hang at any moment: what its clients see, and what is left of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+
+from numoe.deploy.client import Client
+from numoe.v1 import admin_pb2
+from tests.models import make_model
+from tests.system.harness import ServeProcess, numoe
+from tests.system.streams import STREAMS, Streams, Told, varied
+
+KILL, STOP = signal.SIGKILL, signal.SIGSTOP
+FLAGS = ("--parallel", STREAMS + 2, "--shards", 2, "--chunk", 32, "--ctx-size", 1024)
+
+
+@pytest.fixture(scope="module")
+def lasting(tiny_model: Path) -> Iterator[ServeProcess]:
+    server = ServeProcess(tiny_model, *FLAGS)
+    yield server
+    code, errors = server.stop()
+    assert code == 0, errors
+    assert server.left_over() == []
+
+
+@pytest.fixture(scope="module")
+def undisturbed(lasting: ServeProcess) -> list[Told]:
+    """What every stream is told where nobody dies."""
+    told = Streams(lasting.address, [varied(number) for number in range(STREAMS)]).join()
+    assert all(len(stream.token_ids) == 500 for stream in told)
+    return told
+
+
+def actors(server: ServeProcess, role: str) -> list[dict]:
+    return [actor for actor in server.status()["actors"] if actor["role"] == role]
+
+
+def strike(server: ServeProcess, role: str, number: int) -> dict:
+    """Send a signal to the first actor of a role; what status said of it."""
+    victim = actors(server, role)[0]
+    os.kill(victim["pid"], number)
+    return victim
+
+
+def wait_replaced(server: ServeProcess, victim: dict) -> dict:
+    """Wait until another process runs in the place of a dead one; what status says of it."""
+    for _ in range(300):
+        found = [actor for actor in actors(server, victim["role"]) if actor["restarts"] > victim["restarts"]]
+        if found and found[0]["state"] == "running":
+            assert found[0]["pid"] != victim["pid"]
+            assert not psutil.pid_exists(victim["pid"])
+            server.pids.add(found[0]["pid"])
+            return found[0]
+        time.sleep(0.1)
+    raise AssertionError(f"{victim} was not replaced: {server.status()['actors']}")
+
+
+@pytest.mark.parametrize("number", [KILL, STOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize("role", ["expert", "attention", "supervisor"])
+def test_streams_go_on_as_if_nothing_had_happened(
+    lasting: ServeProcess, undisturbed: list[Told], role: str, number: int
+) -> None:
+    streams = Streams(lasting.address, [varied(number) for number in range(STREAMS)])
+    streams.started(STREAMS)
+    victim = strike(lasting, role, number)
+    told = streams.join()
+    assert [stream.error for stream in told] == [None] * STREAMS
+    assert [stream.answer for stream in told] == [stream.answer for stream in undisturbed]
+    assert [stream.starts for stream in told] == [1] * STREAMS
+    wait_replaced(lasting, victim)
+
+
+def test_prompts_and_the_queue_outlive_the_worker(tiny_model: Path, undisturbed: list[Told]) -> None:
+    """One request runs and the others wait; they begin in the order in which they came."""
+    server = ServeProcess(tiny_model, *FLAGS[2:-1], 2048, "--parallel", 1)
+    first, waiting = Streams(server.address, [varied(0, 1900)]), {}
+    first.started()
+    with Client(server.address) as client:
+        victim = next(actor.pid for actor in client.status().actors if actor.role == admin_pb2.ACTOR_ROLE_ATTENTION)
+        for number in (1, 4, 7, 5, 3):
+            waiting[number] = Streams(server.address, [varied(number, 60)])
+            while client.status().queue.queued < len(waiting):
+                assert first.told[0].finished is None, "the first one was too short"
+    os.kill(victim, KILL)
+    assert first.join()[0].token_ids[:500] == undisturbed[0].token_ids
+    for number, stream in waiting.items():
+        told = stream.join()[0]
+        assert told.error is None
+        assert told.token_ids == undisturbed[number].token_ids[:60]
+    begins = [stream.begun[0] for stream in waiting.values()]
+    assert begins == sorted(begins)
+    assert server.stop()[0] == 0
+    assert server.left_over() == []
+
+
+@pytest.mark.parametrize("number", [KILL, STOP], ids=["killed", "stopped"])
+def test_a_gateways_clients_may_try_again_at_the_same_address(
+    lasting: ServeProcess, undisturbed: list[Told], number: int
+) -> None:
+    requests = [varied(number) for number in range(STREAMS)]
+    streams = Streams(lasting.address, requests)
+    streams.started(STREAMS)
+    before = lasting.status()["actors"]
+    victim = strike(lasting, "gateway", number)
+    assert {stream.error for stream in streams.join()} == {grpc.StatusCode.UNAVAILABLE}
+    while True:
+        again = Streams(lasting.address, requests).join()
+        if grpc.StatusCode.UNAVAILABLE not in {stream.error for stream in again}:
+            break
+    assert [stream.answer for stream in again] == [stream.answer for stream in undisturbed]
+    wait_replaced(lasting, victim)
+    status = lasting.status()
+    pids = [[actor["pid"] for actor in found if actor["role"] != "gateway"] for found in (before, status["actors"])]
+    assert pids[0] == pids[1], "everybody else is still there"
+    assert all(slot["state"] == "idle" for slot in status["slots"])
+
+
+def test_a_server_whose_supervisor_died_can_be_stopped(tiny_model: Path) -> None:
+    server = ServeProcess(tiny_model, *FLAGS)
+    strike(server, "supervisor", KILL)
+    result = numoe("stop", "--address", server.address)
+    assert result.returncode == 0, result.stderr
+    assert server.stop()[0] == 0
+    assert server.left_over() == []
+
+
+def test_two_deaths_at_once(lasting: ServeProcess, undisturbed: list[Told]) -> None:
+    streams = Streams(lasting.address, [varied(number) for number in range(STREAMS)])
+    streams.started(STREAMS)
+    found = {actor["role"]: actor for actor in lasting.status()["actors"]}
+    for role in ("expert", "attention", "supervisor"):
+        os.kill(found[role]["pid"], KILL)
+    assert [stream.answer for stream in streams.join()] == [stream.answer for stream in undisturbed]
+    for role in ("expert", "attention"):
+        wait_replaced(lasting, found[role])
+
+
+def test_a_server_whose_actor_cannot_be_replaced_says_so_and_ends(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "gone.gguf", "qwen3moe", experts_type="Q8_0", attn_type="Q8_0")
+    server = ServeProcess(model, "--shards", 2)
+    model.unlink()
+    victim = strike(server, "expert", KILL)
+    server.process.wait(60)
+    code, errors = server.stop()
+    assert code == 1
+    assert str(victim["pid"]) in errors
+    assert "gone.gguf" in errors
+    assert server.left_over() == []
