@@ -1,0 +1,74 @@
+"""Another worker goes on with a request: the answer is the one that the first would have given."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from numoe.engine.errors import PreconditionError
+from numoe.engine.requests import Finished, GenerationRequest, Started, TokenGenerated
+from numoe.engine.sampling import SampledToken
+from numoe.engine.scheduler import Scheduler
+from tests.engine.scheduler.support import Cache, make, request, step
+
+CONTEXT = 40
+
+
+def answer(wanted: GenerationRequest, steps: int, **config: object) -> tuple[list[int], Finished | None]:
+    """What a scheduler makes of a request in so many steps; each token depends on all that attention reads."""
+    scheduler = make(slots=1, context=CONTEXT, chunk_tokens=8, **config)
+    cache, tokens, end = Cache(8), [], None
+    scheduler.submit(wanted)
+    for _ in range(steps):
+        batch = scheduler.schedule(0.0)
+        if batch is not None:
+            cache.run(batch)
+            chosen = [SampledToken(sum(cache.read(batch, row)) % 97) for row in batch.logit_rows]
+            scheduler.postprocess(batch, chosen)
+        scheduler.check_integrity()
+        for event in scheduler.drain_events():
+            if isinstance(event, TokenGenerated):
+                tokens.append(event.token_id)
+            elif isinstance(event, Finished):
+                end = event
+    return tokens, end
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    prompt=st.integers(1, 30), most=st.integers(1, 90), died=st.integers(0, 100), keep=st.sampled_from([None, 0, 5, -1])
+)
+def test_the_rest_is_what_it_would_have_been(prompt: int, most: int, died: int, keep: int | None) -> None:
+    whole = request(prompt=range(prompt), max_tokens=most, stop_ids=frozenset({13}))
+    want, end = answer(whole, 200, keep=keep)
+    begun, _ = answer(whole, died, keep=keep)
+    rest, last = answer(request(
+        prompt=range(prompt), max_tokens=most, stop_ids=frozenset({13}), generated=tuple(begun)
+    ), 200, keep=keep)  # fmt: skip
+    assert begun + rest == want
+    assert end is not None
+    assert last is not None
+    assert (last.reason, last.completion_tokens) == (end.reason, end.completion_tokens)
+
+
+def test_a_prompt_stays_a_prompt() -> None:
+    """Its length, which usage and progress tell, does not count what has been generated."""
+    scheduler = make()
+    scheduler.submit(request(prompt=3, generated=(7, 8)))
+    step(scheduler)
+    events = scheduler.drain_events()
+    assert [event for event in events if isinstance(event, Started)] == [Started("a", 3, 0)]
+    assert [type(event) for event in events] == [Started, TokenGenerated]
+
+
+def test_who_had_his_slot_gets_it_again_whoever_asks_meanwhile() -> None:
+    scheduler: Scheduler = make()
+    scheduler.submit(request("other", slot=1))
+    with pytest.raises(PreconditionError):
+        scheduler.submit(request("a", slot=1))
+    scheduler.submit(request("a", slot=1, slot_deadline=float("inf"), generated=(7,)))
+    step(scheduler)
+    scheduler.abort("other")
+    step(scheduler, now=1e12)
+    assert scheduler.status(0, {}).slots[1].request_id == "a"
