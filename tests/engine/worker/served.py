@@ -33,6 +33,20 @@ PATIENCE_S = 30.0
 CONTEXT = 1536
 
 
+class Slow:
+    """A store whose writes take some seconds longer."""
+
+    def __init__(self, store: Store, seconds: float) -> None:
+        self._store, self._seconds = store, seconds
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        time.sleep(self._seconds)
+        return self._store.put_new(key, data)
+
+
 class Served:
     """An engine whose loop runs; `ask` is one request from its prompt to its end."""
 

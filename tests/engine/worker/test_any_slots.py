@@ -19,8 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from numoe.engine.errors import DataLossError, NotFoundError, PreconditionError
 from numoe.engine.scheduler.conversation import Conversation
-from numoe.engine.store import Store, open_store
-from tests.engine.worker.served import CONTEXT, Served, served
+from numoe.engine.store import open_store
+from tests.engine.worker.served import CONTEXT, Served, Slow, served
 from tests.models import make_model
 
 SLOTS = 3
@@ -58,10 +58,10 @@ def prompt(number: int, length: int) -> list[int]:
 class AnySlots(RuleBasedStateMachine):
     """Requests with and without slots, saves, restores, forks, erases, evictions, damage and restarts."""
 
-    @initialize(ram=st.sampled_from([0, 1 << 20, 1 << 30]), n_pages=st.integers(6, 12))
-    def start(self, ram: int, n_pages: int) -> None:
+    @initialize(ram=st.sampled_from([0, 1 << 20, 1 << 30]), n_pages=st.integers(6, 12), slow=st.sampled_from([0, 0.04]))
+    def start(self, ram: int, n_pages: int, slow: float) -> None:
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        self.store: Store = open_store(Path(self.folder.name, "store"))
+        self.store = Slow(open_store(Path(self.folder.name, "store")), slow)
         self.ram, self.n_pages = ram, n_pages
         self.saved: dict[str, list[int]] = {}
         self.lossy = False  # whether something was damaged

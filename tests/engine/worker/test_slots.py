@@ -11,7 +11,7 @@ from numoe.engine.errors import DataLossError, NotFoundError, PreconditionError,
 from numoe.engine.kv.pages import PAGE_TOKENS
 from numoe.engine.store import Store, open_store
 from numoe.engine.worker.kv_pool import KvType
-from tests.engine.worker.served import served
+from tests.engine.worker.served import Slow, served
 from tests.models import make_model
 
 PROMPT = [(7 * i + i // 11) % 250 for i in range(2 * PAGE_TOKENS + 60)]
@@ -211,3 +211,14 @@ def test_a_prompt_cache_in_a_file(model: Path, tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:-10])
         with pytest.raises(DataLossError, match="in the middle"):
             server.engine.slots.load_file(path)
+
+
+@pytest.mark.parametrize("slots", [1, 2], ids=["slot lost", "slot kept"])
+def test_a_conversation_waits_for_a_slow_store_rather_than_being_lost(model: Path, store: Store, slots: int) -> None:
+    """Its pages are needed, and host memory has no room for them: they are written before they go."""
+    with served(model, Slow(store, 0.2), slots=slots, n_pages=7, ram=0) as server:  # type: ignore[arg-type]
+        server.ask([(i + 1) % 250 for i in range(1300)], max_tokens=1)  # fills what waits for the store
+        answer = server.ask(PROMPT, slot=0)[1]
+        server.ask([i % 250 for i in range(1300)], max_tokens=1)
+        text = [*PROMPT, *answer]
+        assert server.ask([*text, 9], slot=0)[0] == len(text) - 1
