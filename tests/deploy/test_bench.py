@@ -198,3 +198,18 @@ def test_a_summary_is_of_all_streams_together() -> None:
     assert values["between_ms_p50"] == pytest.approx(200.0)
     assert percentile([7.0], 99) == 7.0
     assert percentile([], 50) is None
+
+
+def test_slots_are_saved_and_restored(model: Path, tmp_path: Path) -> None:
+    arguments = ("--tokens", 300, "--more", 60, "--rounds", 1, "--store", tmp_path / "store")
+    (values,) = json_lines(numoe("bench", "slots", model, *arguments, "--json"))
+    whole, again, same, (fresh,) = (values[name] for name in ("whole", "again", "same", "fresh"))
+    assert (whole["chunks"], whole["moved_chunks"]) == (2, 2)
+    assert (again["chunks"], again["moved_chunks"]) == (2, 1)  # 300 and 360 tokens share a full chunk
+    assert (same["moved_chunks"], fresh["moved_chunks"]) == (0, 2)
+    assert fresh["moved_bytes"] == fresh["bytes"]
+    assert values["ratio"] == pytest.approx(values["prefill_s"] / fresh["seconds"])
+    assert values["share"] == pytest.approx(values["read"][0] / fresh["seconds"])
+    done = numoe("bench", "slots", model, *arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "holds chunks already: give an empty one" in done.stderr

@@ -6,10 +6,11 @@ from cyclopts import App
 
 from numoe.deploy.commands.bench.concurrency import concurrency
 from numoe.deploy.commands.bench.kernels import kernels
+from numoe.deploy.commands.bench.slots import slots
 from numoe.deploy.commands.bench.sweep import sweep
 
 __all__ = ["bench"]
 
-bench = App(name="bench", help="Measure speed: of the kernels, over context depth, and over concurrent streams.")
-for _command in (sweep, kernels, concurrency):
+bench = App(name="bench", help="Measure speed: of the kernels, over context depth, over concurrent streams, of slots.")
+for _command in (sweep, kernels, concurrency, slots):
     bench.command(_command)
