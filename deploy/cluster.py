@@ -8,11 +8,12 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import ray
@@ -22,11 +23,12 @@ from numoe.actors.attention import AttentionActor
 from numoe.actors.expert import ExpertActor
 from numoe.actors.gateway.actor import GatewayActor
 from numoe.cluster.endpoint import Endpoint
-from numoe.cluster.member import ServerRecord, is_stopped
+from numoe.cluster.member import ServerRecord, is_local, is_stopped
 from numoe.cluster.placing import NAMESPACE, ActorClasses, kill_actors
 from numoe.cluster.plan import Plan
 from numoe.cluster.status import TAKE_DOWN_S, LoadProgress
 from numoe.cluster.supervisor import Supervisor, supervisor_name
+from numoe.deploy.head import Head
 from numoe.deploy.raylets import PRIVATE_TEMP, find_raylets
 from numoe.deploy.signals import StopSignals, uninterrupted
 from numoe.engine import shm
@@ -65,17 +67,28 @@ def stop_ray() -> None:
     shutil.rmtree(_OWN_TEMP_DIR, ignore_errors=True)
 
 
+def leave_ray(why: str) -> NoReturn:
+    """End this process, and the Ray that it started, where Ray's head is dead: any call of Ray's would hang."""
+    kill_ray()
+    shutil.rmtree(_OWN_TEMP_DIR, ignore_errors=True)
+    print(f"numoe: {why}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def kill_ray() -> None:
     """Kill what is left of the Ray that this process started: its agents outlive it by many seconds."""
-    left = [process for process in psutil.process_iter() if _is_ours(process)]
+    left = {process for process in psutil.process_iter() if _is_ours(process)}
+    for process in list(left):
+        with contextlib.suppress(psutil.Error):
+            left.update(process.children(recursive=True))  # agents, which overwrite their environment
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(left, timeout=5.0)
+    psutil.wait_procs(list(left), timeout=5.0)
 
 
 def _is_ours(process: psutil.Process) -> bool:
-    """Whether the Ray that was started here has started a process; agents change their command lines, not this."""
+    """Whether the Ray that was started here has started a process, as its environment says."""
     try:
         return process.environ().get(_OWNER_VARIABLE) == _OWN_TEMP_DIR
     except psutil.Error:  # gone, or another user's
@@ -140,6 +153,7 @@ class Server:
             self._instance, plan, classes, endpoint, keep_weights=keep_weights
         )
         self._launched = self.supervisor.launch.remote()
+        self._head = Head()
         StopSignals.last_words.append(self._remove_memory)
 
     def loading(self) -> Iterator[list[LoadProgress]]:
@@ -155,10 +169,14 @@ class Server:
     def wait(self, stop: threading.Event) -> str:
         """Block until the server is down or `stop` is set; why it is down, empty if it was told to stop.
 
-        The supervisor watches the others; here it is watched. Ray starts it again when it dies.
+        The supervisor watches the others; here it is watched. Ray starts it again when it dies. Where Ray itself
+        has died, everything is cleaned up and the process ends.
         """
         ended, looks = self.supervisor.wait.remote(), 0
         while not stop.is_set():
+            if why := self._head.why_lost():
+                self.end_processes()
+                leave_ray(f"{why}; without it the server cannot go on: start Ray, then the server again")
             if ray.wait([ended], timeout=_LOOK_S)[0]:
                 try:
                     return str(unwrap(ended, restarts=True))
@@ -199,6 +217,18 @@ class Server:
                 ray.kill(self.supervisor)
             kill_actors(self._instance)
             self._remove_memory()
+
+    def end_processes(self) -> None:
+        """End the server's processes on this host without Ray's help, and free their memory."""
+        record, processes = ServerRecord.load(shm.ROOT / self._instance), []
+        if record is not None:
+            for pid, host in [(record.pid, record.host), *((member.pid, member.host) for member in record.members)]:
+                if is_local(pid, host):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        processes.append(psutil.Process(pid))
+                        processes[-1].kill()
+        psutil.wait_procs(processes, timeout=5.0)
+        self._remove_memory()
 
     def _remove_memory(self) -> None:
         """Remove the shared memory, also where the supervisor is not there any more to do it."""

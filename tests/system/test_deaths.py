@@ -154,3 +154,21 @@ def test_a_server_whose_actor_cannot_be_replaced_says_so_and_ends(tmp_path: Path
     assert str(victim["pid"]) in errors
     assert "gone.gguf" in errors
     assert server.left_over() == []
+
+
+def test_without_rays_head_streams_go_on_until_the_server_ends_and_nothing_is_left(
+    tiny_model: Path, undisturbed: list[Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray would end every process of a cluster whose head is gone after this time, 60 s by default, on the spot."""
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
+    server = ServeProcess(tiny_model, *FLAGS)
+    streams = Streams(server.address, [varied(number) for number in range(STREAMS)])
+    streams.started(STREAMS)
+    head = next(p for p in psutil.Process(server.process.pid).children() if p.name() == "gcs_server")
+    head.kill()
+    assert [stream.answer for stream in streams.join()] == [stream.answer for stream in undisturbed]
+    server.process.wait(60)
+    code, errors = server.stop()
+    assert code == 1
+    assert "Ray's head" in errors
+    assert server.left_over() == []

@@ -1,0 +1,59 @@
+"""Ray's head and its node here: whether they are there. Without them nobody can be replaced, and Ray ends everybody."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from contextlib import closing
+
+import psutil
+import ray
+
+from numoe.deploy.raylets import find_raylets
+
+_TIMEOUT_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
+_TIMEOUT_S = 60.0
+_SHARE = 0.75
+_LOOK_S = 2.0
+
+
+class Head:
+    """The head of the cluster that this process has joined, and the cluster's node on this host.
+
+    A head that is restarted in time with its state (Ray keeps that in a Redis, if it has been given one) is none the
+    worse for it. Any other has forgotten all actors, and Ray ends them, and this process, on the spot: so `why_lost`
+    says it before Ray does, while there is time to clean up.
+    """
+
+    def __init__(self) -> None:
+        self._address = ray.get_runtime_context().gcs_address
+        self._patience_s = _SHARE * float(os.environ.get(_TIMEOUT_VARIABLE, _TIMEOUT_S))
+        self._nodes = [raylet.pid for raylet in find_raylets() if raylet.gcs_address == self._address]
+        self._answered = self._looked = time.monotonic()
+
+    def why_lost(self) -> str:
+        """What is gone, empty if nothing is."""
+        now = time.monotonic()
+        if now - self._looked >= _LOOK_S:
+            self._looked = now
+            if self._answers():
+                self._answered = now
+            if self._nodes and not any(_lives(pid) for pid in self._nodes):
+                return "Ray's node on this host has ended"
+        if now - self._answered > self._patience_s:
+            return f"Ray's head at {self._address} has not answered for {self._patience_s:.0f} s"
+        return ""
+
+    def _answers(self) -> bool:
+        host, _, port = self._address.rpartition(":")
+        with closing(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)) as probe:
+            probe.settimeout(_LOOK_S)
+            return probe.connect_ex((host.strip("[]"), int(port))) == 0
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
