@@ -93,7 +93,9 @@ class Assembly:
         lost = [member for member in self.members if member.handle is None or member.state != "running"]
         self._placing.kill_others({member.actor for member in self.members if member not in lost})
         for member in self.members:
-            if member not in lost:
+            if member in lost:
+                member.state = "restarting"
+            else:
                 member.run = self._run(member)
         self.hold_weights()
         self.save()
@@ -179,5 +181,7 @@ class Assembly:
     def _abandon_requests(self) -> None:
         """Have the worker end what a dead gateway has asked for."""
         for worker in self.of("attention"):
-            with contextlib.suppress(UnavailableError):  # one that is being replaced itself
+            if worker.state != "running":
+                continue
+            with contextlib.suppress(UnavailableError):  # it has died, too
                 get(worker.handle.connect.remote(None, self._connection), _ANSWER_S)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,7 +17,7 @@ import ray
 from numoe.cluster.status import ActorInfo, ActorPlacement, ActorRole, ActorState
 from numoe.engine.private import replace_private
 
-_EXIT_TIMEOUT_S = 5.0
+_EXIT_TIMEOUT_S = 10.0
 _STABLE_S = 2.0
 _FILE = "server"
 Phase = Literal["launching", "running", "stopping"]
@@ -138,10 +139,17 @@ class Member:
         if self.handle is not None:
             ray.kill(self.handle)
         if self.is_local:
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
-                process = psutil.Process(self.pid)
-                process.kill()
-                process.wait(_EXIT_TIMEOUT_S)
+            end_processes([self.pid])
+
+
+def end_processes(pids: Iterable[int]) -> None:
+    """Kill processes of this host and wait until they are gone: until then they use weights, ports and GPUs."""
+    processes = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            processes.append(psutil.Process(pid))
+            processes[-1].kill()
+    psutil.wait_procs(processes, timeout=_EXIT_TIMEOUT_S)
 
 
 def is_local(pid: int, host: str) -> bool:

@@ -12,12 +12,10 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
@@ -25,13 +23,13 @@ from numoe.cluster.assembly import Assembly
 from numoe.cluster.bandwidth import remembered
 from numoe.cluster.endpoint import Endpoint
 from numoe.cluster.heartbeats import Heartbeats
-from numoe.cluster.member import Member, ServerRecord
+from numoe.cluster.member import Member, ServerRecord, end_processes
 from numoe.cluster.placing import NAMESPACE, ActorClasses, Placing
 from numoe.cluster.plan import Plan
 from numoe.cluster.status import SAVE_S, ActorInfo, ActorPlacement, ActorState, LoadProgress
 from numoe.cluster.topology import Topology
 from numoe.engine import shm
-from numoe.engine.errors import NumoeError
+from numoe.engine.errors import InputError, NumoeError
 from numoe.engine.weights import free_weights
 
 __all__ = ["NAMESPACE", "ActorClasses", "Supervisor"]
@@ -41,7 +39,6 @@ logger = logging.getLogger(__name__)
 _CALL_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 10.0
 _PLACEMENT_ANSWER_S = 2.0
-_EXIT_TIMEOUT_S = 5.0
 _LOOK_S = 0.2
 _STOPPED_LOOKS = 2  # in a row that find a process stopped, until it is taken for hung
 _ATTEMPTS = 5
@@ -216,11 +213,13 @@ class Supervisor:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 self._assembly.replace(member)
-            except (NumoeError, RayError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, a server without this actor is none
                 if self._stopping.locked():
                     return
                 logger.warning("attempt %d to replace it has failed: %s", attempt, error)
                 why = error
+                if isinstance(error, InputError):  # nor will the next
+                    break
             else:
                 logger.warning("actor %s is back, as process %d", member.name, member.pid)
                 return
@@ -239,6 +238,8 @@ class Supervisor:
 
     def _drain(self, deadline_s: float) -> None:
         for gateway in self._assembly.of("gateway"):
+            if gateway.state != "running":
+                continue
             with contextlib.suppress(RayError, GetTimeoutError):
                 ray.get(gateway.handle.drain.remote(deadline_s), timeout=deadline_s + _CALL_TIMEOUT_S)
         self._take_down("")
@@ -273,7 +274,7 @@ class Supervisor:
         for weights in self._assembly.weights:
             weights.close()
         if not self._keep_weights:
-            _await_exits(member.pid for member in self._assembly.members if member.is_local)
+            end_processes(member.pid for member in self._assembly.members if member.is_local)
             free_weights(self._folder)
         shm.remove_folder(self._folder)
 
@@ -292,12 +293,3 @@ def _why(ended: Any) -> str:
     except RayTaskError as error:
         return f"failed: {error.cause}"
     return "ended"
-
-
-def _await_exits(pids: Iterable[int]) -> None:
-    """Wait until processes are gone: until then they use their weights."""
-    living = []
-    for pid in pids:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            living.append(psutil.Process(pid))
-    psutil.wait_procs(living, timeout=_EXIT_TIMEOUT_S)

@@ -23,7 +23,7 @@ from numoe.actors.attention import AttentionActor
 from numoe.actors.expert import ExpertActor
 from numoe.actors.gateway.actor import GatewayActor
 from numoe.cluster.endpoint import Endpoint
-from numoe.cluster.member import ServerRecord, is_local, is_stopped
+from numoe.cluster.member import ServerRecord, end_processes, is_local, is_stopped
 from numoe.cluster.placing import NAMESPACE, ActorClasses, kill_actors
 from numoe.cluster.plan import Plan
 from numoe.cluster.status import TAKE_DOWN_S, LoadProgress
@@ -143,14 +143,14 @@ class Server:
 
     def __init__(self, plan: Plan, endpoint: Endpoint | None, *, keep_weights: bool = False) -> None:
         self.plan, self._keep_weights = plan, keep_weights
-        self._instance = f"{int(time.time()):x}-{secrets.token_hex(3)}"
+        self.instance = f"{int(time.time()):x}-{secrets.token_hex(3)}"
         classes = ActorClasses(gateway=GatewayActor, attention=AttentionActor, expert=ExpertActor)
         options = {
-            "name": supervisor_name(self._instance), "lifetime": "detached", "num_cpus": 0, "max_concurrency": 16,
+            "name": supervisor_name(self.instance), "lifetime": "detached", "num_cpus": 0, "max_concurrency": 16,
             "max_restarts": -1, "max_task_retries": 0,
         }  # fmt: skip
         self.supervisor: Any = ray.remote(Supervisor).options(**options).remote(
-            self._instance, plan, classes, endpoint, keep_weights=keep_weights
+            self.instance, plan, classes, endpoint, keep_weights=keep_weights
         )
         self._launched = self.supervisor.launch.remote()
         self._head = Head()
@@ -183,7 +183,7 @@ class Server:
                 except ActorUnavailableError:
                     time.sleep(_LOOK_S)
                     ended = self.supervisor.wait.remote()
-            record = ServerRecord.load(shm.ROOT / self._instance)
+            record = ServerRecord.load(shm.ROOT / self.instance)
             looks = looks + 1 if record and is_stopped(record.pid, record.host) else 0
             if record and looks > 1:
                 with contextlib.suppress(ProcessLookupError):
@@ -215,24 +215,20 @@ class Server:
         finally:
             with contextlib.suppress(RayError):
                 ray.kill(self.supervisor)
-            kill_actors(self._instance)
-            self._remove_memory()
+            kill_actors(self.instance)
+            self.end_processes()
 
     def end_processes(self) -> None:
         """End the server's processes on this host without Ray's help, and free their memory."""
-        record, processes = ServerRecord.load(shm.ROOT / self._instance), []
+        record = ServerRecord.load(shm.ROOT / self.instance)
         if record is not None:
-            for pid, host in [(record.pid, record.host), *((member.pid, member.host) for member in record.members)]:
-                if is_local(pid, host):
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        processes.append(psutil.Process(pid))
-                        processes[-1].kill()
-        psutil.wait_procs(processes, timeout=5.0)
+            everyone = [(record.pid, record.host), *((member.pid, member.host) for member in record.members)]
+            end_processes(pid for pid, host in everyone if is_local(pid, host))
         self._remove_memory()
 
     def _remove_memory(self) -> None:
         """Remove the shared memory, also where the supervisor is not there any more to do it."""
-        folder = shm.ROOT / self._instance
+        folder = shm.ROOT / self.instance
         if not self._keep_weights:
             free_weights(folder)
         shm.remove_folder(folder)
