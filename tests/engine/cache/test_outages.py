@@ -37,7 +37,6 @@ def own_s3(tmp_path: Path) -> Iterator[S3Server]:
     with server:
         make_ready(server)
         yield server
-        server.process.kill()
 
 
 def make_ready(s3: S3Server) -> None:
@@ -63,7 +62,7 @@ def hanging(s3: S3Server) -> Iterator[None]:
 @contextmanager
 def stopped(s3: S3Server) -> Iterator[None]:
     """The server is not there."""
-    s3.stop()
+    s3.kill()
     try:
         yield
     finally:
@@ -141,7 +140,7 @@ def test_a_store_that_goes_away_and_comes_back(story: Story, own_s3: S3Server, o
 
 def test_a_store_that_dies_before_a_save_is_done(story: Story, own_s3: S3Server) -> None:
     store = soon_impatient(own_s3)
-    dying = Interrupted(store, "put_if", 1, own_s3.stop)
+    dying = Interrupted(store, "put_if", 1, own_s3.kill)
     with served(story.model, dying) as server:  # type: ignore[arg-type]
         server.engine.slots.load_file(story.files[0], slot=0)
         with pytest.raises(UnavailableError):
