@@ -9,7 +9,8 @@ from tests.system.harness import numoe
 
 
 def test_no_stream_shows_that_processes_die_and_nothing_is_left(tiny_model: Path) -> None:
-    result = numoe("bench", "chaos", tiny_model, "--shards", 2, "--minutes", 0.15, "--max-tokens", 200, "--seed", 5, "--json", timeout=300)
+    sizes = ("--shards", 2, "--minutes", 0.15, "--max-tokens", 200, "--seed", 5)
+    result = numoe("bench", "chaos", tiny_model, *sizes, "--json", timeout=300)
     assert result.stdout, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["wrong"] == []
