@@ -127,15 +127,11 @@ def _init_ray() -> bool:
 def _running_cluster() -> str:
     """How to reach a Ray cluster with a node on this host, empty if there is none.
 
-    One that another numoe started for itself does not count: it goes when that one does.
+    One that another numoe started for itself does not count: it goes when that one does. Beside several, "auto" is
+    the one that was started last in Ray's own folder, where numoe's are not; given by its address, Ray would not look
+    for the cluster's token.
     """
-    raylets = find_raylets()
-    shared = next((raylet.gcs_address for raylet in raylets if not raylet.private), "")
-    if shared and any(raylet.private for raylet in raylets):
-        # Ray's "auto" might take the private one, and by address it does not look for the cluster's token.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        return shared
-    return "auto" if shared else ""
+    return "auto" if any(not raylet.private for raylet in find_raylets()) else ""
 
 
 class Server:

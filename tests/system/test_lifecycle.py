@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -129,22 +130,32 @@ def test_an_unknown_flag_is_named(tiny_model: Path) -> None:
     assert "--no-such-flag" in result.stdout + result.stderr
 
 
-def test_a_running_ray_cluster_is_used_and_left_running(tiny_model: Path, tmp_path: Path) -> None:
-    ray = [sys.executable, "-m", "ray.scripts.scripts"]
-    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
-    head = [*ray, "start", "--head", "--port=0", "--include-dashboard=false", "--object-store-memory=80000000",
-            "--num-cpus=2", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]  # fmt: skip
-    subprocess.run(head, check=True, capture_output=True, env=environment)
+@contextlib.contextmanager
+def ray_cluster() -> Iterator[subprocess.Popen]:
+    """A cluster that a user started, in the foreground: `ray stop` would end the servers of other tests too."""
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port=0", "--num-cpus=2",
+             "--include-dashboard=false", "--object-store-memory=80000000", "--disable-usage-stats"]  # fmt: skip
+    head = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        server = ServeProcess(tiny_model)
-        assert server.generate("hello", "--max-tokens", 3, "--temperature", 0)["token_ids"]
-        assert "gcs_server" not in {psutil.Process(pid).name() for pid in server.pids}
-        code, errors = server.stop()
-        assert code == 0, errors
-        assert server.left_over() == []
-        assert any(process.name() == "gcs_server" for process in psutil.process_iter())
+        assert head.stdout is not None
+        assert any("Ray runtime started" in line for line in head.stdout)
+        yield head
     finally:
-        subprocess.run([*ray, "stop", "--force"], check=False, capture_output=True, env=environment)
+        head.terminate()
+        head.communicate(timeout=30)
+
+
+def test_a_running_ray_cluster_is_used_and_left_running(server: ServeProcess, tiny_model: Path) -> None:
+    with ray_cluster() as head:
+        joined = ServeProcess(tiny_model)
+        assert joined.generate("hello", "--max-tokens", 3, "--temperature", 0)["token_ids"]
+        assert "gcs_server" not in {psutil.Process(pid).name() for pid in joined.pids}
+        code, errors = joined.stop()
+        assert code == 0, errors
+        assert joined.left_over() == []
+        assert head.poll() is None
+        assert "gcs_server" in {process.name() for process in psutil.Process(head.pid).children()}
+    assert server.generate("hello", "--max-tokens", 3)["token_ids"]  # whose own Ray is another
 
 
 def test_version_and_help() -> None:
