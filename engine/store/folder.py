@@ -6,20 +6,21 @@ obstore's LocalFileSystem neither flushes what it writes nor has conditional put
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 from blake3 import blake3
 
 from numoe.engine.errors import PreconditionError
 from numoe.engine.store.base import Entry, Store
-from numoe.engine.store.failures import store_error, timeout_error
+from numoe.engine.store.failures import timeout_error
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _STAGING: Final = ".staging"
 _LOCK: Final = ".lock"
 _LEFT_OVER_SECONDS: Final = 3600.0
+_Result = TypeVar("_Result")
 
 
 class FolderStore(Store):
@@ -35,17 +37,38 @@ class FolderStore(Store):
     A file is written and flushed to disk under another name, then renamed, then its folder is
     flushed. Processes and threads take turns, by a lock of the operating system that ends with its
     holder, between looking at what is there and renaming. A version is the hash of the content.
+
+    A folder that cannot be opened is like a remote store that does not answer: `check` says so, and
+    what uses it does, until it is mended. One that vanishes later is not made anew: a disk may have gone.
     """
 
     def __init__(self, root: Path, deadline: float) -> None:
         super().__init__(str(root), deadline)
         self._root = root
-        try:
-            for folder in (root, root / _STAGING):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._sweep()
-        except OSError as error:
-            raise store_error(error, "opening it", self.url) from error
+        with contextlib.suppress(OSError):
+            self._open()
+
+    def check(self) -> None:
+        super()._do("opening it", self._open)
+        super().check()
+
+    def _do(self, doing: str, operation: Callable[[], _Result]) -> _Result:
+        """As every store's; but where the folder itself is gone, nothing can be told about what was in it."""
+
+        def watched() -> _Result:
+            try:
+                return operation()
+            except FileNotFoundError:
+                if self._root.is_dir():
+                    raise
+                raise OSError(errno.ENXIO, "the folder is not there") from None
+
+        return super()._do(doing, watched)
+
+    def _open(self) -> None:
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (self._root / _STAGING).mkdir(mode=0o700, exist_ok=True)
+        self._sweep()
 
     def _put(self, key: str, data: Buffer, version: str | None) -> str:
         path = self._root / key
@@ -81,6 +104,7 @@ class FolderStore(Store):
         return path.stat().st_size
 
     def _list(self, folder: str) -> list[Entry]:
+        self._root.stat()  # which `os.walk` passes over
         entries = []
         for path, folders, names in os.walk(self._root / folder):
             folders[:] = [name for name in folders if not name.startswith(".")]
@@ -100,6 +124,7 @@ class FolderStore(Store):
     def _stage(self, view: memoryview) -> Path:
         """Write bytes to a file of no name yet, and to the disk."""
         staged = self._root / _STAGING / secrets.token_hex(16)
+        staged.parent.mkdir(mode=0o700, exist_ok=True)
         descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             written = 0

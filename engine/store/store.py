@@ -41,7 +41,7 @@ def open_store(
                 environment: AWS_…, GOOGLE_…, AZURE_….
 
     Raises InputError for a URL or options that make no sense, AccessError for s3:// with an
-    endpoint and without credentials, and what opening a folder raises.
+    endpoint and without credentials.
     """
     url = os.fspath(url)
     scheme = urlsplit(url).scheme if "://" in url else ""

@@ -133,8 +133,31 @@ def test_a_folder_by_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, f
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    store = open_store(tmp_path / "file")
     with pytest.raises(InputError, match="check the store's URL"):
-        open_store(tmp_path / "file")
+        store.check()
+
+
+def test_a_folder_that_vanished_is_unavailable_until_it_is_back(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "s")
+    store.put_new("a/b", b"1")
+    (tmp_path / "s").rename(tmp_path / "gone")
+    for use in (store.list, lambda: store.get("a/b"), lambda: store.put_new("c", b"1"), lambda: store.delete("a/b")):
+        with pytest.raises(UnavailableError, match="the folder is not there"):
+            use()
+    assert not (tmp_path / "s").exists()
+    (tmp_path / "gone").rename(tmp_path / "s")
+    assert store.get("a/b") == b"1"
+
+
+def test_a_folder_that_cannot_be_made_is_made_once_it_can(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    store = open_store(tmp_path / "file" / "s")
+    with pytest.raises(InputError, match="opening it failed"):
+        store.check()
+    (tmp_path / "file").unlink()
+    store.check()
+    assert store.put_new("a", b"1")
 
 
 FULL = """
