@@ -49,6 +49,7 @@ class FolderStore(Store):
             self._open()
 
     def check(self) -> None:
+        """Raise what opening the folder raises; makes it, if it can be made."""
         super()._do("opening it", self._open)
         super().check()
 
