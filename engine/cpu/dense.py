@@ -68,15 +68,14 @@ def matmul(args: int, step: int, thread: int, threads: int) -> None:
     product, weights, group_bytes = field(args, 1), field(args, 2), field(args, 4)
     blocks, pointers = field(args, 5), field(args, 6)
     if not scratch:
-        w, groups = weights + first * group_bytes, last - first
-        ahead = w + groups * group_bytes
-        call_product(product, w, group_bytes, groups, blocks, 0, pointers, rows, out + 64 * first, stride, ahead)
+        w, groups, out = weights + first * group_bytes, last - first, out + 64 * first
+        call_product(product, w, group_bytes, groups, blocks, 0, pointers, rows, out, stride, 0)
         return
     tile = scratch + thread * field(args, 10)
     for group in range(first, last, ADDED_GROUPS):
         groups = min(ADDED_GROUPS, last - group)
         w, tile_stride = weights + group * group_bytes, 64 * ADDED_GROUPS
-        ahead = w + groups * group_bytes
+        ahead = w + groups * group_bytes if group + groups < last else 0
         call_product(product, w, group_bytes, groups, blocks, 0, pointers, rows, tile, tile_stride, ahead)
         for row in range(rows):
             add_row(out + row * stride + 64 * group, tile + row * tile_stride, 16 * groups)

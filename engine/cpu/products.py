@@ -36,15 +36,26 @@ unpack_signature = types.void(*[types.intp] * 5)
 
 @inline
 def _fetch(p: int, end: int, ahead: int, nbytes: int) -> None:
-    """Fetch `nbytes` that are read later than those at `p`, in a stream that goes on at `ahead` after `end`."""
+    """Fetch `nbytes` read later than those at `p`, in a stream that goes on at `ahead` (0: nowhere) after `end`."""
     far, near = p + FAR_BYTES, p + NEAR_BYTES
     if far >= end:
-        far += ahead - end
+        far = far - end + ahead if ahead else p
     if near >= end:
-        near += ahead - end
+        near = near - end + ahead if ahead else p
     for line in range(0, nbytes, 64):
         v.prefetch_l2(far + line)
         v.prefetch(near + line)
+
+
+@inline
+def _fetch_shared(shared: int, nbytes: int, group_bytes: int, end: int, ahead: int) -> None:
+    """Fetch what the same super of the next group shares, whose first tile needs it at once, and this group's next."""
+    far = shared + group_bytes
+    if far >= end:
+        far = far - end + ahead if ahead else shared
+    for line in range(0, nbytes, 64):
+        v.prefetch_l2(far + line)
+        v.prefetch(shared + nbytes + line)
 
 
 @inline
@@ -70,26 +81,35 @@ def _run_tile(
 @inline
 def _run_pair(
     name: Any, acc: Any, tile_bytes: int, super_bytes: int, super_blocks: int,
-    w: int, apart: int, end: int, ahead: int, blocks: int, phase: int, rows: int, out: int, out_apart: int, stride: int,
+    w: int, group_bytes: int, apart: int, end: int, ahead: int, blocks: int, phase: int, rows: int,
+    out: int, out_apart: int, stride: int,
 ) -> None:  # fmt: skip
     """Two groups of weights, `apart` bytes from each other, side by side: memory likes two streams better than one.
 
     The first stream ends at `end` and goes on at `ahead`, the second `apart` bytes behind.
     """
-    x, first, second = tile.tile_pointers(acc, rows), acc, acc
+    x, left, right = tile.tile_pointers(acc, rows), acc, acc
+    second = ahead + apart if ahead else 0
     shared, until = w + blocks * tile_bytes, super_blocks - phase
     for block in range(blocks):
         p = w + block * tile_bytes
+        if super_bytes and (block == 0 or until == super_blocks):
+            _fetch_shared(shared, super_bytes, group_bytes, end, ahead)
+            _fetch_shared(shared + apart, super_bytes, group_bytes, end + apart, second)
         _fetch(p, end, ahead, tile_bytes)
-        first = block_product(name, first, p, shared, x, blocks * 32, block)
-        _fetch(p + apart, end + apart, ahead + apart, tile_bytes)
-        second = block_product(name, second, p + apart, shared + apart, x, blocks * 32, block)
+        left = block_product(name, left, p, shared, x, blocks * 32, block)
+        _fetch(p + apart, end + apart, second, tile_bytes)
+        right = block_product(name, right, p + apart, shared + apart, x, blocks * 32, block)
         if super_bytes:
             until -= 1
             if until == 0:
                 shared, until = shared + super_bytes, super_blocks
-    tile.tile_store(first, out, stride)
-    tile.tile_store(second, out + out_apart, stride)
+    if super_bytes:  # the tiles of the next group lie so many bytes further on
+        between = w + blocks * tile_bytes
+        _fetch(between, end, ahead, group_bytes - blocks * tile_bytes)
+        _fetch(between + apart, end + apart, second, group_bytes - blocks * tile_bytes)
+    tile.tile_store(left, out, stride)
+    tile.tile_store(right, out + out_apart, stride)
 
 
 @cache
@@ -100,7 +120,7 @@ def product_kernel(qtype: QuantType) -> Any:
     group, each of `blocks` blocks of 32 columns, the first at `phase` in its super, with `n`
     activation rows whose addresses are int64 at `rows`, and writes float32 [n, 16 groups] at `out`,
     `stride` bytes from row to row. `ahead` is the `w` of the call that is likely to follow, whose first
-    weights are fetched meanwhile. `.address` is the kernel's C function's.
+    weights are fetched meanwhile; 0 if none is. `.address` is the kernel's C function's.
     """
     form, (many, some) = packed_format(qtype), TILE_ROWS
     name, tile_bytes, super_bytes, super_blocks = form.name, form.tile_bytes, form.super_bytes, form.super_blocks
@@ -124,14 +144,14 @@ def product_kernel(qtype: QuantType) -> Any:
             while n - i >= some:
                 _run_pair(
                     name, tile.tile_zero(some), tile_bytes, super_bytes, super_blocks,
-                    w + g * group_bytes, other * group_bytes, end, ahead, blocks, phase, rows + 8 * i,
+                    w + g * group_bytes, group_bytes, other * group_bytes, end, ahead, blocks, phase, rows + 8 * i,
                     out + 64 * g + i * stride, 64 * other, stride,
                 )  # fmt: skip
                 i += some
             while n - i >= 1:
                 _run_pair(
                     name, tile.tile_zero(1), tile_bytes, super_bytes, super_blocks,
-                    w + g * group_bytes, other * group_bytes, end, ahead, blocks, phase, rows + 8 * i,
+                    w + g * group_bytes, group_bytes, other * group_bytes, end, ahead, blocks, phase, rows + 8 * i,
                     out + 64 * g + i * stride, 64 * other, stride,
                 )  # fmt: skip
                 i += 1

@@ -19,7 +19,7 @@ from numba import cfunc, njit, types
 
 from numoe.engine.cpu import memory
 from numoe.engine.cpu.memory import inline
-from numoe.engine.cpu.sync import TEAM_SPINS, barrier, call_kernel, now_ns
+from numoe.engine.cpu.sync import TEAM_LOOKS, barrier, call_kernel, now_ns
 
 kernel_signature = types.void(*[types.intp] * 4)
 
@@ -68,23 +68,23 @@ def share(count: int, thread: int, threads: int) -> tuple[int, int]:
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def run_program(operations: int, count: int, step: int, place: int, thread: int, threads: int, spins: int) -> None:
+def run_program(operations: int, count: int, step: int, place: int, thread: int, threads: int, looks: int) -> None:
     """Run a program on one of `threads` threads; stops where a kernel that may fail sets FAILED.
 
-    spins: of the barrier after such a kernel, which waits for somebody else; others are TEAM_SPINS.
+    looks: of the barrier after such a kernel, which waits for somebody else; others are TEAM_LOOKS.
     """
     start = now_ns()
     for i in range(count):
         op = operations + 8 * _OPERATION_FIELDS * i
         call_kernel(memory.field(op, _KERNEL), memory.field(op, _ARGS), step, thread, threads)
         if memory.field(op, _BARRIER) == _MAY_FAIL:
-            barrier(place, threads, spins)
+            barrier(place, threads, looks)
             if memory.field(step, FAILED):
                 # Until everybody has seen it: the next run clears the field.
-                barrier(place, threads, TEAM_SPINS)
+                barrier(place, threads, TEAM_LOOKS)
                 return
         elif memory.field(op, _BARRIER):
-            barrier(place, threads, TEAM_SPINS)
+            barrier(place, threads, TEAM_LOOKS)
         if thread == 0:
             end = now_ns()
             part = TIMES + memory.field(op, _PART)

@@ -57,8 +57,8 @@ def quantize_block(a: Any, b: Any, codes: int, meta: int) -> None:
     sign. The scale stored is the one that then fits best in the least-squares sense,
     sum(x q) / sum(q q).
     """
-    largest = v.max_f32(v.maximum(a, b))
-    smallest = -v.max_f32(v.sub(v.splat_f32(np.float32(0.0)), v.minimum(a, b)))
+    extremes = v.max2_f32(v.maximum(a, b), v.sub(v.splat_f32(np.float32(0.0)), v.minimum(a, b)))
+    largest, smallest = v.lane_f32(extremes, np.int32(0)), -v.lane_f32(extremes, np.int32(8))
     extreme = largest if largest > -smallest else smallest
     inverse = np.float32(0.0)
     if abs(extreme) > np.float32(1e-30):
@@ -67,17 +67,17 @@ def quantize_block(a: Any, b: Any, codes: int, meta: int) -> None:
     qa = v.round_to_i32(v.minimum(v.mul(a, v.splat_f32(inverse)), most))
     qb = v.round_to_i32(v.minimum(v.mul(b, v.splat_f32(inverse)), most))
     fa, fb = v.to_f32(qa), v.to_f32(qb)
-    squares = v.sum_f32(v.fma(fa, fa, v.mul(fb, fb)))
+    sums = v.sum4_f32(v.fma(fa, fa, v.mul(fb, fb)), v.fma(fa, a, v.mul(fb, b)), fa, fb)
+    squares, low, high = v.lane_f32(sums, np.int32(0)), v.lane_f32(sums, np.int32(8)), v.lane_f32(sums, np.int32(12))
     scale = np.float32(0.0)
     if squares > np.float32(0.0):
-        scale = v.sum_f32(v.fma(fa, a, v.mul(fb, b))) / squares
+        scale = v.lane_f32(sums, np.int32(4)) / squares
     v.store_i32_as_s8(codes, qa)
     v.store_i32_as_s8(codes + 16, qb)
-    low, high = v.sum_i32(qa), v.sum_i32(qb)
     v.store_scalar_f32(meta, scale)
     v.store_scalar_i32(meta + 4, np.int32(low + high))
-    v.store_scalar_i32(meta + 8, low)
-    v.store_scalar_i32(meta + 12, high)
+    v.store_scalar_i32(meta + 8, np.int32(low))
+    v.store_scalar_i32(meta + 12, np.int32(high))
 
 
 @njit(nogil=True, error_model="numpy")

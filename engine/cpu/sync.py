@@ -1,7 +1,7 @@
 """Atomics, futexes and barriers for Numba code, across threads and processes.
 
 Words are addressed by integers and may lie in shared memory: every futex is a shared one. Waiting
-spins first, for hand-offs of a microsecond, then parks in the kernel, so that an idle thread costs
+looks first, for hand-offs of a microsecond, then parks in the kernel, so that an idle thread costs
 nothing; a waiter that parks says so in a counter, and the waker makes no system call without one.
 """
 
@@ -29,6 +29,7 @@ CACHE_LINE = 64
 syscall6 = types.ExternalFunction(
     "syscall", types.intp(types.intp, types.intp, types.intp, types.intp, types.intp, types.intp, types.intp)
 )
+sched_yield = types.ExternalFunction("sched_yield", types.int32())
 clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.intp))
 
 
@@ -147,15 +148,24 @@ def publish(word: int, sleepers: int, value: int) -> None:
 
 
 @njit(nogil=True, error_model="numpy")
-def await_counter(word: int, sleepers: int, wanted: int, spins: int, timeout_ns: int) -> bool:
+def relax(looks: int) -> None:
+    """Between two looks at a word: pause, or let another thread of the processor run if `looks` is negative."""
+    if looks < 0:
+        sched_yield()
+    else:
+        pause()
+
+
+@njit(nogil=True, error_model="numpy")
+def await_counter(word: int, sleepers: int, wanted: int, looks: int, timeout_ns: int) -> bool:
     """Wait until the counter at `word` reaches `wanted`; False after `timeout_ns` asleep.
 
-    Spins `spins` times, then parks; `sleepers` is the uint32 that counts who is parked.
+    Looks |looks| times (see `relax`), then parks; `sleepers` is the uint32 that counts who is parked.
     """
-    for _ in range(spins):
+    for _ in range(abs(looks)):
         if not is_before(atomic_load(word), wanted):
             return True
-        pause()
+        relax(looks)
     atomic_add(sleepers, np.uint32(1))
     seen = atomic_load(word)
     if is_before(seen, wanted):
@@ -172,7 +182,7 @@ BARRIER_BYTES = 3 * CACHE_LINE
 
 
 @njit(nogil=True, error_model="numpy")
-def barrier(place: int, threads: int, spins: int) -> None:
+def barrier(place: int, threads: int, looks: int) -> None:
     """Wait until all `threads` threads have come to the barrier at `place`."""
     if threads == 1:
         return
@@ -182,7 +192,7 @@ def barrier(place: int, threads: int, spins: int) -> None:
         atomic_store(place, np.uint32(0))
         publish(generation, sleepers, np.uint32(current + np.uint32(1)))
         return
-    while not await_counter(generation, sleepers, np.uint32(current + np.uint32(1)), spins, _LONG_NS):
+    while not await_counter(generation, sleepers, np.uint32(current + np.uint32(1)), looks, _LONG_NS):
         pass
 
 
@@ -200,13 +210,17 @@ def wake_word(address: int) -> None:
     )
 
 
-TEAM_SPINS = 5000
+TEAM_LOOKS = 5000
 """How often a wait among threads that all are at work looks before it parks: about 200 µs, longer than they differ.
 
 To be woken takes 50 µs, as long as some of a step's kernels.
 """
 
 
-def handoff_spins(threads_on_host: int) -> int:
-    """How often a wait for the other side of the mailbox looks: for 10 µs where both need the same cores, else 1 ms."""
-    return 200 if threads_on_host > len(os.sched_getaffinity(0)) else 20_000
+def handoff_looks(threads_on_host: int) -> int:
+    """How often a wait for the other side of the mailbox looks before it parks, for about a millisecond.
+
+    Negative where both sides need the same processors. They take turns there, and whoever waits lets the other
+    run at once: parked, each would have to be woken, up to 50 us later, twice a layer.
+    """
+    return -2_000 if threads_on_host > len(os.sched_getaffinity(0)) else 20_000

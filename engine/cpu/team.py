@@ -13,19 +13,19 @@ from numoe.engine.cpu.program import run_program
 from numoe.engine.cpu.sync import (
     BARRIER_BYTES,
     CACHE_LINE,
-    TEAM_SPINS,
+    TEAM_LOOKS,
     atomic_add,
     atomic_load,
     atomic_store,
     await_counter,
     futex_wake_all,
-    handoff_spins,
+    handoff_looks,
     publish,
 )
 from numoe.engine.numa import Pins, current_cpu, last_cpus
 
 # Fields of a team's record.
-_OPERATIONS, _COUNT, _STEP, _THREADS, _SPINS, _WORDS = range(6)
+_OPERATIONS, _COUNT, _STEP, _THREADS, _LOOKS, _WORDS = range(6)
 # Words at _WORDS: the barrier, then the generation, its sleepers, the stop flag.
 _GENERATION, _SLEEPERS, _STOP = BARRIER_BYTES, BARRIER_BYTES + CACHE_LINE, BARRIER_BYTES + 2 * CACHE_LINE
 _WORD_BYTES = BARRIER_BYTES + 3 * CACHE_LINE
@@ -38,7 +38,7 @@ def _member(team: int, thread: int) -> None:
     words = memory.field(team, _WORDS)
     wanted = np.uint32(1)
     while True:
-        started = await_counter(words + _GENERATION, words + _SLEEPERS, wanted, TEAM_SPINS, _PARK_NS)
+        started = await_counter(words + _GENERATION, words + _SLEEPERS, wanted, TEAM_LOOKS, _PARK_NS)
         if atomic_load(words + _STOP):
             return
         if started:
@@ -58,8 +58,8 @@ def _lead(team: int) -> None:
 @njit(nogil=True, error_model="numpy", cache=True)
 def _run_share(team: int, thread: int) -> None:
     operations, count, step = memory.field(team, _OPERATIONS), memory.field(team, _COUNT), memory.field(team, _STEP)
-    threads, spins, words = memory.field(team, _THREADS), memory.field(team, _SPINS), memory.field(team, _WORDS)
-    run_program(operations, count, step, words, thread, threads, spins)
+    threads, looks, words = memory.field(team, _THREADS), memory.field(team, _LOOKS), memory.field(team, _WORDS)
+    run_program(operations, count, step, words, thread, threads, looks)
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
@@ -87,8 +87,8 @@ class ThreadTeam:
         self.threads, self._pins = threads, pins or Pins()
         self._leader_cpu = current_cpu()
         self._words = memory.aligned_bytes(_WORD_BYTES)
-        self._spins = handoff_spins(threads_on_host)
-        self._record = memory.record([0, 0, 0, threads, self._spins, memory.address(self._words)])
+        self._looks = handoff_looks(threads_on_host)
+        self._record = memory.record([0, 0, 0, threads, self._looks, memory.address(self._words)])
         self._address = memory.address(self._record)
         self._members = [
             threading.Thread(target=self._serve, args=(i,), name=f"numoe-team-{i}", daemon=True)

@@ -91,12 +91,12 @@ def publish_request(mailbox: int, shards: int, sequence: int) -> None:
 def exchange(args: int, step: int, thread: int, threads: int) -> None:  # noqa: ARG001
     """Publish the request and wait for every shard; the first thread does, the others go to the barrier.
 
-    Record: mailbox, layer, shards, spins, bound in nanoseconds. A shard whose heartbeat stands still
+    Record: mailbox, layer, shards, looks, bound in nanoseconds. A shard whose heartbeat stands still
     for longer than the bound is late: FAILED becomes its number + 1.
     """
     if thread != 0:
         return
-    mailbox, spins, bound = field(args, 0), field(args, 3), field(args, 4)
+    mailbox, looks, bound = field(args, 0), field(args, 3), field(args, 4)
     wanted = np.uint32(np.uint32(field(step, SEQUENCE)) + np.uint32(1))
     set_field(step, SEQUENCE, np.intp(wanted))
     set_field(mailbox + REQUEST_LAYER, 0, field(args, 1))
@@ -106,7 +106,7 @@ def exchange(args: int, step: int, thread: int, threads: int) -> None:  # noqa: 
     for shard in range(field(args, 2)):
         reply = mailbox + SHARDS_AT + SHARD_STRIDE * shard
         heartbeat, since = atomic_load(reply + HEARTBEAT), now_ns()
-        while not await_counter(reply, reply + REPLY_SLEEPERS, wanted, spins, _PARK_NS):
+        while not await_counter(reply, reply + REPLY_SLEEPERS, wanted, looks, _PARK_NS):
             beat = atomic_load(reply + HEARTBEAT)
             if beat != heartbeat:
                 heartbeat, since = beat, now_ns()

@@ -22,7 +22,7 @@ from numoe.engine.cpu import simd as v
 from numoe.engine.cpu.memory import field, inline, set_field
 from numoe.engine.cpu.rows import quantize_block, silu_mul
 from numoe.engine.cpu.sync import (
-    TEAM_SPINS,
+    TEAM_LOOKS,
     atomic_add,
     atomic_load,
     atomic_store,
@@ -31,8 +31,8 @@ from numoe.engine.cpu.sync import (
     futex_wait,
     is_before,
     now_ns,
-    pause,
     publish,
+    relax,
 )
 from numoe.engine.cpu.tile import META_BYTES
 from numoe.engine.experts.mailbox import (
@@ -54,7 +54,7 @@ from numoe.engine.experts.mailbox import (
 # Fields of the shard record.
 (
     MAILBOX, REPLY, IDS, WEIGHTS, Q8_ROWS, Q8_STRIDE, F32_ROWS, F32_STRIDE, PARTIALS,
-    HIDDEN, TOP_K, EXPERTS, BLOCKS, THREADS, SPINS, BARRIER, COUNTERS, LAYERS,
+    HIDDEN, TOP_K, EXPERTS, BLOCKS, THREADS, LOOKS, BARRIER, COUNTERS, LAYERS,
     H_Q8, H_Q8_STRIDE, H_F32, H_F32_STRIDE, H_Q8_POINTERS, H_F32_POINTERS, SCRATCH, SCRATCH_BYTES,
     PAIRS_OFFSET, POINTERS_OFFSET, TILE_OFFSET,
 ) = range(29)  # fmt: skip
@@ -162,13 +162,12 @@ def _gate_up(shard: int, layer: int, expert: int, block: int, first: int, n: int
 
 
 @inline
-def _down(shard: int, layer: int, group: int, active: int, scratch: int, rows: int) -> None:
-    """The partial sums of _CLAIM_GROUPS groups of output columns from `group` on."""
+def _down(shard: int, layer: int, group: int, later: int, active: int, scratch: int, rows: int) -> None:
+    """The partial sums of _CLAIM_GROUPS groups of output columns from `group` on, before those from `later` on."""
     hidden, top_k = field(shard, HIDDEN), field(shard, TOP_K)
     out, last = field(shard, PARTIALS), min(group + _CLAIM_GROUPS, hidden // 16)
     pairs, experts = scratch + field(shard, PAIRS_OFFSET), scratch + 4 * (field(shard, EXPERTS) + 1)
     tile, weights = scratch + field(shard, TILE_OFFSET), field(shard, WEIGHTS)
-    later = min(group + field(shard, THREADS) * _CLAIM_GROUPS, hidden // 16 - 1)  # the thread's next, probably
     pointers = field(shard, H_Q8_POINTERS) if field(layer + 8 * DOWN, IS_Q8) else field(shard, H_F32_POINTERS)
     for row in range(rows):
         for g in range(group, last):
@@ -180,7 +179,7 @@ def _down(shard: int, layer: int, group: int, active: int, scratch: int, rows: i
         groups, stride = last - group, 64 * _CLAIM_GROUPS
         w = _place(layer + 8 * DOWN, expert, group)
         following = np.intp(v.load_scalar_i32(experts + 4 * ((a + 1) % active)))
-        ahead = _place(layer + 8 * DOWN, following, group if a + 1 < active else later)
+        ahead = _ahead(shard, layer, following, group if a + 1 < active else later)
         _product(layer + 8 * DOWN, w, groups, pointers + 8 * first, n, tile, stride, ahead)
         for i in range(n):
             pair = np.intp(v.load_scalar_i32(pairs + 4 * (first + i)))
@@ -192,31 +191,43 @@ def _down(shard: int, layer: int, group: int, active: int, scratch: int, rows: i
 
 
 @inline
+def _ahead(shard: int, layer: int, expert: int, group: int) -> int:
+    """Where output columns of an expert's `down` begin; 0 behind the last."""
+    return _place(layer + 8 * DOWN, expert, group) if group < field(shard, HIDDEN) // 16 else 0
+
+
+@inline
 def _serve(shard: int, layer: int, rows: int, scratch: int) -> int:
-    """One request, on one of the shard's threads; the number of experts it needs, when the thread's share is done."""
+    """One request, on one of the shard's threads; the number of experts it needs, when the thread's share is done.
+
+    A thread claims its next unit before it works on one, so that it knows which weights to fetch meanwhile.
+    """
     counters, blocks, heartbeat = field(shard, COUNTERS), field(shard, BLOCKS), field(shard, REPLY) + HEARTBEAT
     active = _group_pairs(shard, rows, scratch)
-    experts = scratch + 4 * (field(shard, EXPERTS) + 1)
-    while True:
-        unit = np.intp(atomic_add(counters + _STAGE1, np.uint32(1)))
-        if unit >= active * blocks:
-            break
+    experts, units, groups = scratch + 4 * (field(shard, EXPERTS) + 1), active * blocks, field(shard, HIDDEN) // 16
+    unit, group = np.intp(atomic_add(counters + _STAGE1, np.uint32(1))), np.intp(-1)
+    while unit < units:
         atomic_add(heartbeat, np.uint32(1))
+        following = np.intp(atomic_add(counters + _STAGE1, np.uint32(1)))
+        if following < units:
+            later = np.intp(v.load_scalar_i32(experts + 4 * (following // blocks)))
+            ahead = _place(layer + 8 * GATE, later, 2 * (following % blocks))
+        else:
+            group = np.intp(atomic_add(counters + _STAGE2, np.uint32(1))) * _CLAIM_GROUPS
+            ahead = _ahead(shard, layer, np.intp(v.load_scalar_i32(experts)), group)
         expert = np.intp(v.load_scalar_i32(experts + 4 * (unit // blocks)))
         first = np.intp(v.load_scalar_i32(scratch + 4 * expert))
         n = np.intp(v.load_scalar_i32(scratch + 4 * (expert + 1))) - first
-        # Threads take about equally long: this one's next unit is likely to be as far on as there are threads.
-        following = min(unit + field(shard, THREADS), active * blocks - 1)
-        later = np.intp(v.load_scalar_i32(experts + 4 * (following // blocks)))
-        ahead = _place(layer + 8 * GATE, later, 2 * (following % blocks))
         _gate_up(shard, layer, expert, unit % blocks, first, n, scratch, ahead)
-    barrier(field(shard, BARRIER), field(shard, THREADS), TEAM_SPINS)
-    while True:
+        unit = following
+    barrier(field(shard, BARRIER), field(shard, THREADS), TEAM_LOOKS)
+    if group < 0:
         group = np.intp(atomic_add(counters + _STAGE2, np.uint32(1))) * _CLAIM_GROUPS
-        if group >= field(shard, HIDDEN) // 16:
-            break
+    while group < groups:
         atomic_add(heartbeat, np.uint32(1))
-        _down(shard, layer, group, active, scratch, rows)
+        following = np.intp(atomic_add(counters + _STAGE2, np.uint32(1))) * _CLAIM_GROUPS
+        _down(shard, layer, group, following, active, scratch, rows)
+        group = following
     return active
 
 
@@ -237,18 +248,18 @@ def _is_stepping(mailbox: int) -> bool:
 
 
 @inline
-def _await_request(mailbox: int, reply: int, wanted: int, spins: int) -> bool:
+def _await_request(mailbox: int, reply: int, wanted: int, looks: int) -> bool:
     """Wait until request `wanted` is there; False if it is not after _POLL_NS asleep.
 
     As `await_counter`, but nobody sleeps while a step is under way whose worker cannot wake them.
     """
-    request, sleepers, left = mailbox + REQUEST_SEQUENCE, reply + REQUEST_SLEEPERS, spins
+    request, sleepers, left = mailbox + REQUEST_SEQUENCE, reply + REQUEST_SLEEPERS, abs(looks)
     while left > 0 or _is_stepping(mailbox):
         if not is_before(atomic_load(request), wanted):
             return True
         if atomic_load(mailbox + STOP) != 0:
             return False
-        pause()
+        relax(looks)
         left -= 1
     atomic_add(sleepers, np.uint32(1))
     seen = atomic_load(request)
@@ -268,7 +279,7 @@ def shard_loop(shard: int, thread: int, seen: int) -> None:
     scratch = field(shard, SCRATCH) + thread * field(shard, SCRATCH_BYTES)
     wanted = np.uint32(seen) + np.uint32(1)
     while atomic_load(mailbox + STOP) == 0:
-        if not _await_request(mailbox, reply, wanted, field(shard, SPINS)):
+        if not _await_request(mailbox, reply, wanted, field(shard, LOOKS)):
             if thread == 0:
                 atomic_add(reply + HEARTBEAT, np.uint32(1))
             continue

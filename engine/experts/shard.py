@@ -12,7 +12,7 @@ import numpy as np
 from numoe.engine.cpu.memory import ALIGNMENT, address, align, aligned_bytes, aligned_copy, record
 from numoe.engine.cpu.products import product_kernel
 from numoe.engine.cpu.rows import activation_bytes
-from numoe.engine.cpu.sync import BARRIER_BYTES, CACHE_LINE, handoff_spins
+from numoe.engine.cpu.sync import BARRIER_BYTES, CACHE_LINE, handoff_looks
 from numoe.engine.experts.loop import LAYER_FIELDS, SHARD_FIELDS, shard_loop
 from numoe.engine.experts.mailbox import REQUEST_SLEEPERS, Mailbox
 from numoe.engine.formats import BLOCK_COLS, Shape, shape_of
@@ -120,7 +120,7 @@ class ExpertShard:
         cpus: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self._config, self._gguf, self._mailbox, self._cut, self._folder = config, gguf, mailbox, cut, folder
-        self._pins, self._threads, self._spins = Pins(cpus), threads, handoff_spins(threads_on_host)
+        self._pins, self._threads, self._looks = Pins(cpus), threads, handoff_looks(threads_on_host)
         self._key = key or SliceKey(source=source_fingerprint(gguf.paths), cut=cut.name)
         self._plan = plan_slice(config, gguf, cut)
         self.nbytes = slice_bytes(self._plan)
@@ -231,7 +231,7 @@ class ExpertShard:
             base + layout.q8_rows, activation_bytes(layout.hidden, "q8"),
             base + layout.f32_rows, activation_bytes(layout.hidden, "f32"),
             base + layout.partials + self._cut.index * layout.partial_bytes,
-            layout.hidden, layout.top_k, moe.n_experts, last - first, self._threads, self._spins,
+            layout.hidden, layout.top_k, moe.n_experts, last - first, self._threads, self._looks,
             words, words + BARRIER_BYTES, address(self._layers),
             address(self._h["q8"]), q8_stride, address(self._h["f32"]), f32_stride,
             address(self._pointers["q8"]), address(self._pointers["f32"]),

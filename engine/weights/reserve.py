@@ -8,57 +8,86 @@ import errno
 import mmap
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
+
 from numoe.engine.errors import ResourceError
-from numoe.engine.numa import bind_memory
+from numoe.engine.numa import PAGE_BYTES, bind_memory
+from numoe.engine.weights.mapping import HUGE_BYTES
 from numoe.engine.weights.media import Medium
 
 _POPULATE_WRITE: Final = 23
+_COLLAPSE: Final = 25
 _PART_BYTES: Final = 64 << 20
+_PART_BLOCKS: Final = _PART_BYTES // HUGE_BYTES
 _NO_ROOM: Final = (errno.ENOMEM, errno.EFAULT, errno.ENOSPC)
 
 
 def reserve(
-    mapping: mmap.mmap, descriptor: int, path: Path, medium: Medium,
+    file: npt.NDArray[np.uint8], descriptor: int, path: Path, medium: Medium,
     *, nodes: tuple[int, ...], threads: int, on_thread: Callable[[], None],
-) -> None:  # fmt: skip
-    """Have every page of a new file's mapping, or raise ResourceError: a page that fails later is a bus error.
+) -> Medium:  # fmt: skip
+    """Have every page of a new file, or raise ResourceError: a page that fails later is a bus error.
 
-    nodes: where the pages shall lie, none for anywhere. on_thread: run by each of the threads first.
+    file: mapped as `map_file` does. nodes: where the pages shall lie, none for anywhere. on_thread: run by each
+    of the threads first. Returns the medium that it got: Linux since 6.1 makes huge pages of those in /dev/shm
+    when asked to, whatever the system's settings.
     """
-    nbytes, view = len(mapping), ctypes.c_char.from_buffer(mapping)
-    try:
-        address = ctypes.addressof(view)
-        if nodes:
-            with contextlib.suppress(OSError):  # a kernel without NUMA
-                bind_memory(address, nbytes, *nodes)
-        if medium.kind == "transparent":
-            mapping.madvise(mmap.MADV_HUGEPAGE)
-        with ThreadPoolExecutor(threads, thread_name_prefix="numoe-reserve", initializer=on_thread) as pool:
-            codes = pool.map(lambda at: _populate(address + at, min(_PART_BYTES, nbytes - at)), _parts(nbytes))
-            code = next((code for code in codes if code), 0)
-        if code == errno.EINVAL:  # before Linux 5.14
-            code = _allocate(descriptor, nbytes)
-        if code in _NO_ROOM:
-            raise no_room(path, nbytes, medium, nodes)
-        if code:
-            raise ResourceError(f"{path}: {nbytes / 1e9:.2f} GB of memory cannot be had: {os.strerror(code)}")
-    finally:
-        del view
+    nbytes, address = len(file), file.ctypes.data
+    if medium.kind == "transparent":
+        _advise(address, nbytes, mmap.MADV_HUGEPAGE)
+    with ThreadPoolExecutor(threads, thread_name_prefix="numoe-reserve", initializer=on_thread) as pool:
+        if medium.kind != "hugetlbfs" and _collapse(address, nbytes, nodes, pool):
+            medium = replace(medium, kind="transparent")
+        _bind(address, nbytes, nodes)
+        parts = range(0, nbytes, _PART_BYTES)
+        codes = pool.map(lambda at: _advise(address + at, min(_PART_BYTES, nbytes - at), _POPULATE_WRITE), parts)
+        code = next((code for code in codes if code), 0)
+    if code == errno.EINVAL:  # before Linux 5.14
+        code = _allocate(descriptor, nbytes)
+    if code in _NO_ROOM:
+        raise no_room(path, nbytes, medium, nodes)
+    if code:
+        raise ResourceError(f"{path}: {nbytes / 1e9:.2f} GB of memory cannot be had: {os.strerror(code)}")
+    return medium
 
 
-def _parts(nbytes: int) -> range:
-    return range(0, nbytes, _PART_BYTES)
+def _bind(address: int, nbytes: int, nodes: tuple[int, ...]) -> None:
+    if nodes:
+        with contextlib.suppress(OSError):  # a kernel without NUMA
+            bind_memory(address, nbytes, *nodes)
 
 
-def _populate(address: int, nbytes: int) -> int:
-    """Make pages writable, without a bus error where there are none; 0 or the error's number."""
+def _collapse(address: int, nbytes: int, nodes: tuple[int, ...], pool: Executor) -> bool:
+    """Make huge pages of a mapping that nobody has touched yet, on several nodes in turn; whether that worked."""
+    blocks, done = range(address, address + nbytes // HUGE_BYTES * HUGE_BYTES, HUGE_BYTES), []
+    for number in range(max(1, len(nodes))):
+        _bind(address, nbytes, nodes[number : number + 1])
+        mine = blocks[number :: max(1, len(nodes))]
+        parts = [mine[start : start + _PART_BLOCKS] for start in range(0, len(mine), _PART_BLOCKS)]
+        done += pool.map(_collapse_blocks, parts)
+    return bool(done) and all(done)
+
+
+def _collapse_blocks(blocks: range) -> bool:
+    """Touch a page of each block, to have it on its node; the kernel adds the others and makes them one."""
+    if any(_advise(block, PAGE_BYTES, _POPULATE_WRITE) for block in blocks):
+        return False
+    if blocks.step == HUGE_BYTES:
+        return _advise(blocks[0], len(blocks) * HUGE_BYTES, _COLLAPSE) == 0
+    return not any(_advise(block, HUGE_BYTES, _COLLAPSE) for block in blocks)
+
+
+def _advise(address: int, nbytes: int, advice: int) -> int:
+    """Call madvise; 0 or the error's number. Where there is no memory it is an error, not a bus error."""
     libc = ctypes.CDLL(None, use_errno=True)
-    while libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), _POPULATE_WRITE):
-        if (code := ctypes.get_errno()) not in (errno.EINTR, errno.EAGAIN):
+    while libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), advice):
+        if (code := ctypes.get_errno()) != errno.EINTR and (code != errno.EAGAIN or advice == _COLLAPSE):
             return code
     return 0
 

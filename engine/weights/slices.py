@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from blake3 import blake3
 from numoe.engine.errors import AccessError, DataLossError, PreconditionError, UnavailableError
 from numoe.engine.private import make_private_folder
 from numoe.engine.weights.header import HEADER_BYTES, PIECE, SliceHeader, file_bytes, read_header, write_header
+from numoe.engine.weights.mapping import map_file
 from numoe.engine.weights.media import Medium, choose_medium, shm_medium, weights_root
 from numoe.engine.weights.reserve import no_room, reserve
 from numoe.engine.weights.source import layout_identity
@@ -61,10 +61,9 @@ class WeightSlice:
         # Opened anew: a mapping keeps its descriptor, and with it would keep the lock, as long as an array shows it.
         mapped = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR)
         try:
-            self.mapping = mmap.mmap(mapped, 0, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
+            self._file = map_file(mapped, writable=writable)
         finally:
             os.close(mapped)
-        self._file: npt.NDArray[np.uint8] = np.frombuffer(self.mapping, np.uint8)
         self.array = self._file[HEADER_BYTES : HEADER_BYTES + nbytes]
         # Of a new file nothing is touched before its memory is reserved.
         self.header = None if medium else read_header(self._file)
@@ -92,6 +91,13 @@ class WeightSlice:
             raise DataLossError(f"weights {self.path} are damaged (their table of checksums): `numoe weights rm` them")
         return table.view(PIECE)
 
+    def reserve(self, nodes: tuple[int, ...], threads: int, on_thread: Callable[[], None]) -> None:
+        """Have the memory of a new slice; `medium` then is what it really got."""
+        assert self.medium is not None
+        self.medium = reserve(
+            self._file, self._descriptor, self.path, self.medium, nodes=nodes, threads=threads, on_thread=on_thread
+        )
+
     def finish(self, pieces: npt.NDArray[np.void], header: Callable[[bytes], SliceHeader]) -> None:
         """Everything is loaded: write table, header and the complete flag, and let others attach."""
         at = HEADER_BYTES + self._nbytes
@@ -104,8 +110,6 @@ class WeightSlice:
     def close(self) -> None:
         """Unmap, as soon as nothing refers to the array, and allow it to be removed."""
         self.array = self._file = np.empty(0, np.uint8)
-        with contextlib.suppress(BufferError):
-            self.mapping.close()
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -133,7 +137,7 @@ def open_slice(
                 return WeightSlice(path, descriptor, medium=None, nbytes=nbytes, writable=False)
         os.close(descriptor)  # its loader has failed or crashed, or it was removed meanwhile
     try:
-        reserve(found.mapping, descriptor, path, medium, nodes=key.nodes, threads=threads, on_thread=on_thread)
+        found.reserve(key.nodes, threads, on_thread)
     except BaseException:
         found.close()
         remove_slice(path)

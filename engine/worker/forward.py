@@ -33,7 +33,7 @@ from numoe.engine.cpu.program import (
     Program,
 )
 from numoe.engine.cpu.rows import activation_bytes
-from numoe.engine.cpu.sync import handoff_spins
+from numoe.engine.cpu.sync import handoff_looks
 from numoe.engine.cpu.team import ThreadTeam
 from numoe.engine.errors import UnavailableError
 from numoe.engine.experts import exchange
@@ -77,6 +77,8 @@ class CpuForward:
         self._build_body()
         self._build_head()
         self._body_table, self._head_table = self._body.table(), self._head.table()
+        self._whole_table = aligned_copy(np.concatenate([self._body_table, self._head_table]))
+        self._is_answered = False  # whether every shard is known to have answered the last request
 
     # --- running ----------------------------------------------------------------------------------
 
@@ -86,9 +88,10 @@ class CpuForward:
         They are good until the next call. LateShardError names a shard that did not
         answer; the batch may then be run again.
         """
-        if self._mailbox is not None:
+        if self._mailbox is not None and not self._is_answered:
             self._mailbox.await_replies(self.options.shard_bound_s)
-        step = self._step
+        self._is_answered = False
+        step, rows = self._step, np.ascontiguousarray(batch.logit_rows, np.int32)
         step[TIMES:] = 0
         step[FAILED] = 0
         step[N_ROWS] = len(batch.token_ids)
@@ -100,22 +103,21 @@ class CpuForward:
         ):
             step[field] = address(values)
         step[PAGE_TABLE_STRIDE] = batch.page_tables.strides[0]
-        self._team.run(self._body_table, step)
+        logits = self._run(self._whole_table if len(rows) else self._body_table, rows[:LOGITS_AT_ONCE])
         if step[FAILED]:
             raise LateShardError(int(step[FAILED]) - 1)
-        return HostLogits(self._logits(np.ascontiguousarray(batch.logit_rows, np.int32)))
+        self._is_answered = True
+        if len(rows) > LOGITS_AT_ONCE:
+            starts = range(LOGITS_AT_ONCE, len(rows), LOGITS_AT_ONCE)
+            turns = (self._run(self._head_table, rows[start : start + LOGITS_AT_ONCE]).copy() for start in starts)
+            logits = np.concatenate([logits.copy(), *turns])
+        return HostLogits(logits)
 
-    def _logits(self, rows: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-        turns = []
-        for start in range(0, len(rows), LOGITS_AT_ONCE):
-            part = rows[start : start + LOGITS_AT_ONCE]
-            self._step[N_LOGITS], self._step[LOGIT_ROWS] = len(part), address(part)
-            self._team.run(self._head_table, self._step)
-            logits = self._logit_rows.array()[: len(part), : self.config.vocab]
-            turns.append(logits if len(rows) <= LOGITS_AT_ONCE else logits.copy())
-        if len(turns) == 1:
-            return turns[0]
-        return np.concatenate(turns or [np.empty((0, self.config.vocab), np.float32)])
+    def _run(self, table: npt.NDArray[np.int64], rows: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Run a program that ends with the head, or the body alone without any rows; the logits of these rows."""
+        self._step[N_LOGITS], self._step[LOGIT_ROWS] = len(rows), address(rows)
+        self._team.run(table, self._step)
+        return self._logit_rows.array()[: len(rows), : self.config.vocab]
 
     def attach_experts(self, folder: Path) -> None:
         """Nothing to do: experts are reached through the mailbox alone."""
@@ -291,8 +293,8 @@ class CpuForward:
             self._router.base, self._router.stride, moe.n_experts, moe.n_used, int(moe.normalize_weights),
             float(moe.weights_scale), mailbox.base + layout.ids, mailbox.base + layout.weights,
         )  # fmt: skip
-        spins, bound = handoff_spins(self.options.threads_on_host), int(self.options.shard_bound_s * 1e9)
-        program.add(exchange.exchange, mailbox.base, layer, layout.shards, spins, bound, part="wait", may_fail=True)
+        looks, bound = handoff_looks(self.options.threads_on_host), int(self.options.shard_bound_s * 1e9)
+        program.add(exchange.exchange, mailbox.base, layer, layout.shards, looks, bound, part="wait", may_fail=True)
         program.add(
             exchange.add_partials,
             self._x.base, self._x.stride, self.config.hidden,

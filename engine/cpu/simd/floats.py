@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from llvmlite import ir
 from numba import types
 
@@ -116,6 +118,45 @@ def first_f32(b: Builder, x: Value) -> Value:
 def max_f32(b: Builder, x: Value) -> Value:
     """The largest lane."""
     return call(b, "llvm.vector.reduce.fmax.v16f32", ir.FloatType(), x)
+
+
+@operation(f32x16, f32x16, f32x16, f32x16, f32x16)
+def sum4_f32(b: Builder, w: Value, x: Value, y: Value, z: Value) -> Value:
+    """The sums of four vectors in lanes 0, 4, 8 and 12, each as by `sum_f32`, in a third of the instructions."""
+    pairs = [_fold(b, b.fadd, first, second, 16) for first, second in ((w, x), (y, z))]
+    four = _fold(b, b.fadd, *pairs, 8)
+    for apart in (2, 1):
+        four = b.fadd(four, shuffle(b, four, [lane ^ apart for lane in range(16)]))
+    return four
+
+
+@operation(f32x16, f32x16, f32x16)
+def max2_f32(b: Builder, x: Value, y: Value) -> Value:
+    """The largest lanes of two vectors without NaN, in lanes 0 and 8."""
+
+    def larger(p: Value, q: Value) -> Value:
+        return b.select(b.fcmp_ordered(">", p, q), p, q)
+
+    both = _fold(b, larger, x, y, 16)
+    for apart in (4, 2, 1):
+        both = larger(both, shuffle(b, both, [lane ^ apart for lane in range(16)]))
+    return both
+
+
+@operation(types.float32, f32x16, types.int32)
+def lane_f32(b: Builder, x: Value, lane: Value) -> Value:
+    """A lane."""
+    return b.extract_element(x, lane)
+
+
+def _fold(b: Builder, operation: Callable[[Value, Value], Value], x: Value, y: Value, width: int) -> Value:
+    """The halves of each `width` lanes of x, then of y, combined."""
+    lanes = [lane for lane in range(32) if lane % width < width // 2]
+    low, high = (
+        b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, 16), [lane + up for lane in lanes]))
+        for up in (0, width // 2)
+    )
+    return operation(low, high)
 
 
 @operation(f32x16, f32x16, types.int32, types.float32)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import pytest
 
 from numoe.engine.errors import DataLossError, ModelFileError, ResourceError, UnavailableError
 from numoe.engine.gguf import GgufFile
+from numoe.engine.numa import huge_share
 from numoe.engine.progress import Progress
 from numoe.engine.weights import (
     SliceKey,
@@ -233,3 +236,26 @@ def test_a_file_that_is_cut_off_while_it_is_read_is_an_error_and_leaves_nothing(
         with pytest.raises(ModelFileError, match="cut off"):
             open_tensors(key_of(gguf), gguf, plan_dense(gguf), Progress(1), threads=1)
     assert list(shm_root.iterdir()) == []
+
+
+LINUX = tuple(int(number) for number in re.findall(r"\d+", platform.release())[:2])
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
+
+
+@pytest.mark.skipif(LINUX < (6, 1) or not HUGE_PAGES.exists(), reason="this kernel makes no huge pages on request")
+def test_weights_lie_in_huge_pages_also_for_who_attaches(tmp_path: Path) -> None:
+    if "[deny]" in (HUGE_PAGES / "shmem_enabled").read_text():
+        pytest.skip("this system denies huge pages in shared memory")
+    path = make_model(tmp_path / "m.gguf", "llama", attn_type="F32", hidden=1024)
+    for weights in (load(path), load(path)):
+        assert weights.array.nbytes > 8 << 20
+        weights.array.sum()
+        assert huge_share(str(weights.path)) > 1 - (2 << 20) / weights.array.nbytes  # all but what is behind the last
+        assert weights.header is not None
+        assert weights.header.medium == "transparent"
+
+
+def test_what_was_attached_to_cannot_be_written(model: Path) -> None:
+    loaded, attached = load(model), load(model)
+    assert loaded.array.flags.writeable
+    assert not attached.array.flags.writeable

@@ -18,6 +18,7 @@ MACHINE = Path(os.environ.get("NUMOE_SHARED", ROOT.parent / "shared")) / "numa-v
 FAILED, LATE = 125, 124
 PAGES = 6144
 """Of 4 KiB: 24 MiB of weights."""
+PAGES_OF_HUGE = 512
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,9 @@ def test_a_shard_sits_on_each_node(found: dict[str, Any]) -> None:
 def test_every_page_of_a_slice_is_on_its_node(found: dict[str, Any], node: int) -> None:
     weights = found["plain"][node]
     assert is_on(weights["kernel"], node)
-    assert (weights["on_nodes"], weights["medium"], weights["huge"]) == (1.0, "plain", 0.0)
+    # Huge pages, although no setting allows them in shared memory: this kernel makes them on request.
+    assert (weights["on_nodes"], weights["medium"]) == (1.0, "transparent")
+    assert weights["huge"] > 0.99
 
 
 def test_who_attaches_sees_where_the_pages_are(found: dict[str, Any]) -> None:
@@ -62,7 +65,8 @@ def test_who_attaches_sees_where_the_pages_are(found: dict[str, Any]) -> None:
 
 def test_what_all_nodes_read_is_spread_over_them(found: dict[str, Any]) -> None:
     pages = found["spread"]["kernel"]
-    assert abs(pages["N0"] - pages["N1"]) <= 2
+    assert abs(pages["N0"] - pages["N1"]) <= 2 + PAGES_OF_HUGE
+    assert found["spread"]["huge"] > 0.99
     assert found["spread"]["on_nodes"] == 1.0
 
 
