@@ -65,7 +65,7 @@ def _bind(address: int, nbytes: int, nodes: tuple[int, ...]) -> None:
 
 def _collapse(address: int, nbytes: int, nodes: tuple[int, ...], pool: Executor) -> bool:
     """Make huge pages of a mapping that nobody has touched yet, on several nodes in turn; whether that worked."""
-    blocks, done = range(address, address + nbytes // HUGE_BYTES * HUGE_BYTES, HUGE_BYTES), []
+    blocks, done = range(address, address + nbytes // HUGE_BYTES * HUGE_BYTES, HUGE_BYTES), list[bool]()
     for number in range(max(1, len(nodes))):
         _bind(address, nbytes, nodes[number : number + 1])
         mine = blocks[number :: max(1, len(nodes))]

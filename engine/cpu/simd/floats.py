@@ -123,8 +123,7 @@ def max_f32(b: Builder, x: Value) -> Value:
 @operation(f32x16, f32x16, f32x16, f32x16, f32x16)
 def sum4_f32(b: Builder, w: Value, x: Value, y: Value, z: Value) -> Value:
     """The sums of four vectors in lanes 0, 4, 8 and 12, each as by `sum_f32`, in a third of the instructions."""
-    pairs = [_fold(b, b.fadd, first, second, 16) for first, second in ((w, x), (y, z))]
-    four = _fold(b, b.fadd, *pairs, 8)
+    four = _fold(b, b.fadd, _fold(b, b.fadd, w, x, 16), _fold(b, b.fadd, y, z, 16), 8)
     for apart in (2, 1):
         four = b.fadd(four, shuffle(b, four, [lane ^ apart for lane in range(16)]))
     return four
