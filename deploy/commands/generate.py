@@ -85,7 +85,8 @@ def generate(
     no_cache
         Neither use cached prompts nor leave this one behind.
     slot
-        Run in this slot, going on from what it holds, and leave the conversation in it; any free one if not given.
+        Run in this slot and leave the conversation in it; any free one if not given. What the slot holds is not
+        read again as far as the prompt begins with it.
     slot_wait
         Wait this many seconds while others use that slot; if not given, a busy slot is an error.
     json_output

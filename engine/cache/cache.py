@@ -152,6 +152,7 @@ class PromptCache:
 
         came = list(self.readers.map(bring, load.keys, load.pages, [PAGE_TOKENS] * len(load.keys)))
         done = next((number for number, good in enumerate(came) if not good), len(came))
+        self.use(load.keys[:done])  # reading has counted the beginning as used first
         tail = load.tail
         if tail is None or done < len(load.keys) or load.cancelled:
             return done, False

@@ -110,13 +110,14 @@ class Snapshots:
     def save(self, conversation: Conversation, name: str, progress: Progress) -> Manifest:
         """Write what the store lacks, then the manifest.
 
-        Raises PreconditionError if somebody else writes the same name meanwhile.
+        Raises PreconditionError if somebody else writes the same name meanwhile, DataLossError if nobody has a
+        chunk any more.
         """
         path, store = manifest_path(name), self._tier.store
         version: str | None = None
         with contextlib.suppress(NotFoundError):
             version = store.get_versioned(path)[1]
-        return self._save(conversation, name, progress, lambda data: store.put_if(path, data, version))
+        return self._save(conversation, name, progress, lambda data: store.put_if(path, data, version), whole=True)
 
     def manifest(self, name: str) -> Manifest:
         """The manifest of a snapshot that can be restored here.
@@ -176,8 +177,10 @@ class Snapshots:
     # --- inside -----------------------------------------------------------------------------------
 
     def _save(
-        self, conversation: Conversation, name: str, progress: Progress, commit: Callable[[bytes], object]
-    ) -> Manifest:
+        self, conversation: Conversation, name: str, progress: Progress, commit: Callable[[bytes], object],
+        *, whole: bool = False,
+    ) -> Manifest:  # fmt: skip
+        """Write chunks, then the manifest; of what nobody has any more, the beginning unless the `whole` is wanted."""
         shape = self.cache.pages.shape
         sizes = [shape(len(conversation.chunk(n))).object_bytes for n in range(len(conversation.all_keys))]
         progress.begin(sizes)
@@ -187,7 +190,12 @@ class Snapshots:
         with self._tier.claims.needing(keys, progress.check):
             # Only now nobody removes them any more: what is gone since is written again.
             lost = self._write_chunks(keys, sizes, progress, again=True)
-            if lost is not None:  # nobody has it any more: what follows is computed again after a restore
+            if lost is not None and whole:
+                raise DataLossError(
+                    f"chunk {keys[lost].hex()} of the conversation is not in the cache any more, and nothing was "
+                    "saved: continue the conversation, which computes it again, then save it"
+                )
+            if lost is not None:  # what follows is computed again after a restore
                 conversation = shortened(conversation, lost * PAGE_TOKENS)
             manifest = Manifest.of(
                 name, self.origin, conversation.tokens, computed=conversation.computed, salt=conversation.salt,
@@ -196,6 +204,7 @@ class Snapshots:
             )  # fmt: skip
             progress.check()
             commit(encode_manifest(manifest))
+        self.cache.use(keys)
         return manifest
 
     def _write_chunks(

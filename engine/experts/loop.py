@@ -68,7 +68,7 @@ KERNEL, ADDRESS, EXPERT_STRIDE, GROUP_STRIDE, MATRIX_BLOCKS, PHASE, IS_Q8 = rang
 LAYER_FIELDS = 3 * MATRIX_FIELDS
 
 _CLAIM_GROUPS = 4  # groups of 16 output columns that a thread takes at a time
-_STEPPING_NS = 5_000_000_000  # after which a worker that began a step has died, or is in no hurry
+_STEPPING_NS = 2_000_000_000  # after which a worker that began a step has died, or is in no hurry; nobody beats so long
 _POLL_NS = 100_000_000  # an idle shard looks after its heartbeat ten times a second
 # Words of COUNTERS, a cache line each.
 _STAGE1, _STAGE2, _ARRIVED = 0, 64, 128

@@ -19,6 +19,7 @@ import numpy as np
 
 from numoe.engine.errors import ResourceError
 from numoe.engine.kv.pages import PAGE_TOKENS, PageAllocator
+from numoe.engine.scheduler.batch import Batch
 from numoe.engine.scheduler.conversation import Conversation, Parked, TailIndex
 from numoe.engine.scheduler.load import Load, Tail
 from numoe.engine.scheduler.sequence import Sequence
@@ -239,6 +240,13 @@ class Ledger:
         """Tokens in the page that is published under `key`."""
         return self.allocator.tokens_of(key)
 
+    def keep_written(self, batch: Batch) -> list[int]:
+        """Borrow the pages that a step writes: given up in its midst, they must not be handed out before its end."""
+        pages: list[int] = np.unique(batch.page_tables[batch.slots, batch.positions // PAGE_TOKENS]).tolist()
+        self.allocator.share(pages)
+        self._borrowed.update(pages)
+        return pages
+
     def give_back(self, pages: Seq[int]) -> None:
         """Let go of borrowed pages."""
         self._borrowed.subtract(pages)
@@ -259,10 +267,11 @@ class Ledger:
         self._borrowed.update(fresh)
         return [(key, fresh.pop(), False) if page is None else (key, page, True) for key, page in pages]
 
-    def publish_spare(self, key: bytes, page: int, tokens: int) -> None:
-        """What was read into a borrowed page can be found now."""
+    def publish_spare(self, key: bytes, page: int, tokens: int, *, saved: bool) -> None:
+        """What was read into a borrowed page can be found now; saved: it is in the prompt cache, too."""
         self.allocator.publish(page, key, tokens)
-        self.allocator.mark_saved(key)
+        if saved:
+            self.allocator.mark_saved(key)
 
     # --- what the prompt cache is asked and told -------------------------------------------------------
 

@@ -57,6 +57,7 @@ class Engine:
         self._caching = Caching(scheduler, self._changed, forward.pages, ram, tier, origin)
         self.slots = SlotOperations(scheduler, self._changed, self._caching, emit)
         self._stepping = False
+        self._written: list[int] = []  # pages, by the step under way
         self._stopping = False
         self._overtaken: dict[str, FinishReason] = {}
         self._submitted: dict[str, None] = {}
@@ -137,7 +138,9 @@ class Engine:
                 self._caching.collect(starved=self._scheduler.starved)
                 events = self._scheduler.drain_events()
                 self._stepping = batch is not None
-                if batch is None:  # until something is found, loaded or saved, or a deadline may have come
+                if batch is not None:
+                    self._written = self._scheduler.ledger.keep_written(batch)
+                else:  # until something is found, loaded or saved, or a deadline may have come
                     self._send(events)
                     self._changed.wait(_DEADLINES_S)
                     continue
@@ -158,7 +161,12 @@ class Engine:
     def _step(self, batch: Batch) -> list[Event]:
         start = time.perf_counter()
         try:
-            if (done := self._run(batch)) is None:
+            try:
+                done = self._run(batch)
+            finally:
+                with self._changed:
+                    self._scheduler.ledger.give_back(self._written)
+            if done is None:
                 with self._changed:
                     return self._scheduler.drain_events()
             batch, logits = done

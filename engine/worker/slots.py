@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,11 +12,13 @@ from concurrent.futures import wait
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from numoe.engine.cache import Snapshots
 from numoe.engine.cache.archive import NAME, read_archive, write_archive
 from numoe.engine.cache.cache import Layers
 from numoe.engine.cache.snapshots import Progress, StoppedError, conversation_of, shortened
-from numoe.engine.errors import DataLossError, NotFoundError, PreconditionError, ResourceError
+from numoe.engine.errors import DataLossError, NotFoundError, NumoeError, PreconditionError, ResourceError
 from numoe.engine.requests import Event, SlotProgress, SlotReport, SnapshotInfo
 from numoe.engine.scheduler import Scheduler
 from numoe.engine.scheduler.conversation import Conversation
@@ -23,6 +26,7 @@ from numoe.engine.scheduler.slots import Operation
 from numoe.engine.store.manifest import Manifest, check_name
 from numoe.engine.worker.caching import Caching
 
+logger = logging.getLogger(__name__)
 _PROGRESS_S: Final = 0.05  # between two reports
 _REMEMBERED: Final = 256  # operations
 _PAGES_S: Final = 10.0  # how long to wait for pages that are being saved
@@ -130,11 +134,12 @@ class SlotOperations:
         self._snapshots().remove(name)
 
     def bring(
-        self, slot: int, conversation: Conversation, progress: Progress, read: Callable[[bytes, int], Layers]
-    ) -> None:
+        self, slot: int, conversation: Conversation, progress: Progress, read: Callable[[bytes, int], Layers],
+        *, saved: bool = True,
+    ) -> None:  # fmt: skip
         """Read a conversation's chunks into spare pages, then give it to a slot that is kept.
 
-        read: the layers of a chunk and the bytes that were moved for it.
+        read: the layers of a chunk and the bytes that were moved for it. saved: whether that is the prompt cache.
         """
         self._check_fits(conversation)
         pages = self._caching.pages
@@ -164,7 +169,7 @@ class SlotOperations:
             with self._changed:
                 for number, (key, page, published) in enumerate(spare):
                     if not published:
-                        self._scheduler.ledger.publish_spare(key, page, len(conversation.chunk(number)))
+                        self._scheduler.ledger.publish_spare(key, page, len(conversation.chunk(number)), saved=saved)
                 self._scheduler.ledger.replace_conversation(slot, conversation)
         finally:
             with self._changed:
@@ -201,7 +206,7 @@ class SlotOperations:
 
         conversation = dataclasses.replace(conversation_of(archive.manifest), named=True, last_used=time.time())
         with self._kept(slot, "restoring", None):
-            self.bring(slot, conversation, progress, read)
+            self.bring(slot, conversation, progress, read, saved=False)
         return _report(slot, conversation, str(path), conversation.computed, progress, start)
 
     def save_file(self, path: Path, *, all_tokens: bool, slot: int = 0) -> None:
@@ -220,7 +225,19 @@ class SlotOperations:
             chunk_bytes=sum(memoryview(chunk).nbytes for chunk in chunks), created=time.time(),
             prompt_tokens=kept.prompt_tokens,
         )  # fmt: skip
-        write_archive(path, manifest, iter(chunks))
+        if self._is_poorer(path, manifest):
+            logger.warning("%s stays as it is: it holds more of the conversation than is there now", path)
+        else:
+            write_archive(path, manifest, iter(chunks))
+
+    def _is_poorer(self, path: Path, manifest: Manifest) -> bool:
+        """Whether a file has the beginning of the same conversation, and more of its keys and values."""
+        try:
+            old = read_archive(path, self._caching.origin).manifest
+        except (FileNotFoundError, NumoeError):
+            return False
+        same = old.salt == manifest.salt and np.array_equal(old.token_ids, manifest.token_ids[: len(old.token_ids)])
+        return same and old.computed > manifest.computed
 
     # --- inside -----------------------------------------------------------------------------------
 
