@@ -30,7 +30,7 @@ from numoe.cluster.status import SAVE_S, ActorInfo, ActorPlacement, ActorState, 
 from numoe.cluster.topology import Topology
 from numoe.engine import shm
 from numoe.engine.errors import InputError, NumoeError
-from numoe.engine.weights import free_weights
+from numoe.engine.weights import free_weights, sweep_incomplete
 
 __all__ = ["NAMESPACE", "ActorClasses", "Supervisor"]
 
@@ -276,6 +276,7 @@ class Supervisor:
         if not self._keep_weights:
             end_processes(member.pid for member in self._assembly.members if member.is_local)
             free_weights(self._folder)
+        sweep_incomplete()  # of a load that was interrupted
         shm.remove_folder(self._folder)
 
 

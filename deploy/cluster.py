@@ -34,7 +34,7 @@ from numoe.deploy.signals import StopSignals, uninterrupted
 from numoe.engine import shm
 from numoe.engine.errors import NumoeError, UnavailableError
 from numoe.engine.private import make_private_folder
-from numoe.engine.weights import free_weights
+from numoe.engine.weights import free_weights, sweep_incomplete
 
 _OWN_TEMP_DIR = f"{PRIVATE_TEMP}/{os.getpid()}"
 _OWNER_VARIABLE = "NUMOE_RAY_OWNER"
@@ -227,6 +227,7 @@ class Server:
         folder = shm.ROOT / self.instance
         if not self._keep_weights:
             free_weights(folder)
+        sweep_incomplete()  # of a load that was interrupted
         shm.remove_folder(folder)
 
 

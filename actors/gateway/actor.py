@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from numoe.actors.gateway.interfaces import Limits, ModelInfo, ServerContext
-from numoe.actors.gateway.order import PushOrder
+from numoe.actors.gateway.order import Connections
 from numoe.actors.gateway.server import GatewayServer, build_server
 from numoe.actors.gateway.streams import RequestStreams
 from numoe.actors.gateway.worker import RayEngineClient
@@ -29,7 +29,7 @@ class GatewayActor:
         self._context: asyncio.Task[ServerContext] | None = None
         limits = Limits()
         self._streams = RequestStreams(max_streams=limits.max_streams, backlog=limits.stream_backlog)
-        self._connection, self._order = 0, PushOrder()
+        self._connections = Connections()
 
     async def identity(self) -> Identity:
         """Who this process is."""
@@ -52,8 +52,9 @@ class GatewayActor:
 
     async def attach(self, worker: Any, connection: int) -> None:
         """Have requests served by this worker, the events of which carry this number."""
-        self._connection, self._order = connection, PushOrder()
         await self._client.attach(worker)
+        for events in self._connections.attach(connection):
+            self._streams.deliver(events)
 
     async def serve(self) -> None:
         """Take requests from now on."""
@@ -62,9 +63,8 @@ class GatewayActor:
 
     async def deliver(self, connection: int, number: int, events: Sequence[Event]) -> None:
         """Route the events of one step, the worker's push number `number`; those of an earlier worker come too late."""
-        if connection == self._connection:
-            for ready in self._order.accept(number, events):
-                self._streams.deliver(ready)
+        for ready in self._connections.accept(connection, number, events):
+            self._streams.deliver(ready)
 
     async def run(self) -> None:
         """Return when the server has been stopped; while this is pending, the gateway is alive."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ _LEAST_SHM = 1 << 30
 _SHM_SHARE = 0.45
 """Of memory: the kernel's default for /dev/shm is a half."""
 _LEAST_LOCKED = 1 << 30
+_COLLAPSES = (6, 1)
+"""Linux since then makes huge pages of any memory when it is asked to."""
 _HUGE_TMPFS = ("always", "within_size", "advise")
 _UNLIMITED = resource.RLIM_INFINITY
 _SIZES = {1 << 30: "1G", 2 << 20: "2M"}
@@ -97,12 +100,20 @@ def check_transparent(host: Host, plan: Plan | None = None) -> Check:
     if modes.shmem_enabled in ("deny", "force"):
         text = f"{text}, {modes.shmem_enabled} for all shared memory"
     huge = modes.shmem_enabled == "force" or (modes.shmem_enabled != "deny" and mounted in _HUGE_TMPFS)
+    if not huge and modes.shmem_enabled != "deny" and _linux(host) >= _COLLAPSES:
+        huge, text = True, f"{text}; weights get them on request"
     if not huge and _reserved(host) < max(1, plan.shared_bytes if plan else 1):
         cure = f"mount -o remount,huge=advise {SHM} (as root)"
         if modes.shmem_enabled == "deny":
             cure = f"echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled; {cure}"
         return warning("transparent_huge_pages", f"{text}: weights lie in small pages", cure, **values)
     return ok("transparent_huge_pages", text, **values)
+
+
+def _linux(host: Host) -> tuple[int, ...]:
+    """The kernel's version, such as (6, 8); empty if it cannot be read."""
+    release = host.tree.text("/proc/sys/kernel/osrelease") or ""
+    return tuple(int(number) for number in re.findall(r"\d+", release)[:2])
 
 
 def check_memlock(host: Host, plan: Plan | None = None, limit: int | None = None) -> Check:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from numoe.engine.errors import AccessError, DataLossError, PreconditionError, UnavailableError
+from numoe.engine.errors import AccessError, DataLossError, PreconditionError, ResourceError, UnavailableError
 from numoe.engine.private import make_private_folder
 from numoe.engine.weights.header import HEADER_BYTES, PIECE, SliceHeader, file_bytes, read_header, write_header
 from numoe.engine.weights.mapping import map_file
@@ -120,15 +120,21 @@ def open_slice(
 ) -> WeightSlice:
     """Attach to a slice, or make an empty one that this process has to load.
 
-    Waits while another process loads it. Raises ResourceError if there is no room.
+    Waits while another process loads it. Raises ResourceError if there is no room. Huge pages that were set aside
+    may turn out not to be for us, by a limit of the mount or the container: then /dev/shm takes the slice.
     """
-    path = key.path
+    path, may_be_huge = key.path, True
     while True:
-        descriptor, medium = _open_or_create(key, file_bytes(nbytes, pieces))
+        descriptor, medium = _open_or_create(key, file_bytes(nbytes, pieces), may_be_huge=may_be_huge)
+        if medium is not None:
+            try:
+                return _reserved(path, descriptor, medium, nbytes, key.nodes, threads, on_thread)
+            except (ResourceError, OSError):
+                if medium.kind != "hugetlbfs":
+                    raise
+                may_be_huge = False
+                continue
         with _closed_on_error(descriptor):
-            if medium is not None:
-                found = WeightSlice(path, descriptor, medium=medium, nbytes=nbytes, writable=True)
-                break
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             header = complete_header(descriptor) if _is_at(path, descriptor) else None
             if header is not None:
@@ -136,10 +142,22 @@ def open_slice(
                     raise PreconditionError(f"weights {path} are not what they are named: `numoe weights rm` them")
                 return WeightSlice(path, descriptor, medium=None, nbytes=nbytes, writable=False)
         os.close(descriptor)  # its loader has failed or crashed, or it was removed meanwhile
+
+
+def _reserved(
+    path: Path, descriptor: int, medium: Medium, nbytes: int, nodes: tuple[int, ...], threads: int,
+    on_thread: Callable[[], None],
+) -> WeightSlice:  # fmt: skip
+    """A new slice whose memory is there; on any error the descriptor is closed and nothing is left of it."""
+    found = None
     try:
-        found.reserve(key.nodes, threads, on_thread)
+        found = WeightSlice(path, descriptor, medium=medium, nbytes=nbytes, writable=True)
+        found.reserve(nodes, threads, on_thread)
     except BaseException:
-        found.close()
+        if found is not None:
+            found.close()
+        else:
+            os.close(descriptor)
         remove_slice(path)
         raise
     return found
@@ -154,7 +172,7 @@ def _closed_on_error(descriptor: int) -> Iterator[None]:
         raise
 
 
-def _open_or_create(key: SliceKey, nbytes: int) -> tuple[int, Medium | None]:
+def _open_or_create(key: SliceKey, nbytes: int, *, may_be_huge: bool) -> tuple[int, Medium | None]:
     """A descriptor of the slice's file: of an existing one, or of a new one with its medium, locked exclusively."""
     path = key.path
     with locked_folder(path.parent, create=True):
@@ -162,7 +180,7 @@ def _open_or_create(key: SliceKey, nbytes: int) -> tuple[int, Medium | None]:
             if not is_unused_and_incomplete(path):
                 return os.open(path, os.O_RDWR), None
             unlink(path)
-        medium = choose_medium(nbytes, key.nodes)
+        medium = choose_medium(nbytes, key.nodes) if may_be_huge else shm_medium()
         if medium.free_bytes(key.nodes) < nbytes:
             remove_empty(path.parent)
             raise no_room(path, nbytes, medium, key.nodes)

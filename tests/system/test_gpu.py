@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
-import grpc
 import numpy as np
 import pytest
 
@@ -59,7 +57,7 @@ def test_too_little_vram_is_refused_with_the_numbers(tiny_model: Path) -> None:
         assert word in result.stderr
 
 
-def test_a_shard_killed_in_a_step_is_named_and_the_gpu_does_not_spin(tiny_model: Path) -> None:
+def test_a_shard_killed_in_a_step_is_replaced_and_the_gpu_does_not_spin(tiny_model: Path) -> None:
     server = ServeProcess(tiny_model, "--shards", 2, "--device", "gpu", "--gpu-experts", 0)
     with Client(server.address) as client:
         stream = client.generation.Generate(
@@ -68,11 +66,10 @@ def test_a_shard_killed_in_a_step_is_named_and_the_gpu_does_not_spin(tiny_model:
         next(message for message in stream if message.WhichOneof("event") == "tokens")
         victim = next(actor["pid"] for actor in server.status()["actors"] if actor["role"] == "expert")
         os.kill(victim, signal.SIGKILL)
-        killed = time.monotonic()
-        with pytest.raises(grpc.RpcError) as failure:
-            list(stream)
-        print(f"UNAVAILABLE {time.monotonic() - killed:.2f} s after the kill: {failure.value.details()}")
-    assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert "expert" in failure.value.details()
+        *_, last = stream
+    assert last.WhichOneof("event") == "finished"
+    pids = {actor["pid"] for actor in server.status()["actors"] if actor["role"] == "expert"}
+    assert len(pids) == 2
+    assert victim not in pids
     server.stop()
     assert server.left_over() == []  # a process whose GPU spins cannot end
