@@ -36,12 +36,12 @@ unpack_signature = types.void(*[types.intp] * 5)
 
 @inline
 def _fetch(p: int, end: int, ahead: int, nbytes: int) -> None:
-    """Fetch `nbytes` read later than those at `p`, in a stream that goes on at `ahead` (0: nowhere) after `end`."""
+    """Fetch `nbytes` read later than those at `p`, in a stream that goes on at `ahead` after `end`."""
     far, near = p + FAR_BYTES, p + NEAR_BYTES
     if far >= end:
-        far = far - end + ahead if ahead else p
+        far += ahead - end
     if near >= end:
-        near = near - end + ahead if ahead else p
+        near += ahead - end
     for line in range(0, nbytes, 64):
         v.prefetch_l2(far + line)
         v.prefetch(near + line)
@@ -52,7 +52,7 @@ def _fetch_shared(shared: int, nbytes: int, group_bytes: int, end: int, ahead: i
     """Fetch what the same super of the next group shares, whose first tile needs it at once, and this group's next."""
     far = shared + group_bytes
     if far >= end:
-        far = far - end + ahead if ahead else shared
+        far += ahead - end
     for line in range(0, nbytes, 64):
         v.prefetch_l2(far + line)
         v.prefetch(shared + nbytes + line)
@@ -89,16 +89,15 @@ def _run_pair(
     The first stream ends at `end` and goes on at `ahead`, the second `apart` bytes behind.
     """
     x, left, right = tile.tile_pointers(acc, rows), acc, acc
-    second = ahead + apart if ahead else 0
     shared, until = w + blocks * tile_bytes, super_blocks - phase
     for block in range(blocks):
         p = w + block * tile_bytes
         if super_bytes and (block == 0 or until == super_blocks):
             _fetch_shared(shared, super_bytes, group_bytes, end, ahead)
-            _fetch_shared(shared + apart, super_bytes, group_bytes, end + apart, second)
+            _fetch_shared(shared + apart, super_bytes, group_bytes, end + apart, ahead + apart)
         _fetch(p, end, ahead, tile_bytes)
         left = block_product(name, left, p, shared, x, blocks * 32, block)
-        _fetch(p + apart, end + apart, second, tile_bytes)
+        _fetch(p + apart, end + apart, ahead + apart, tile_bytes)
         right = block_product(name, right, p + apart, shared + apart, x, blocks * 32, block)
         if super_bytes:
             until -= 1
@@ -107,7 +106,7 @@ def _run_pair(
     if super_bytes:  # the tiles of the next group lie so many bytes further on
         between = w + blocks * tile_bytes
         _fetch(between, end, ahead, group_bytes - blocks * tile_bytes)
-        _fetch(between + apart, end + apart, second, group_bytes - blocks * tile_bytes)
+        _fetch(between + apart, end + apart, ahead + apart, group_bytes - blocks * tile_bytes)
     tile.tile_store(left, out, stride)
     tile.tile_store(right, out + out_apart, stride)
 
@@ -133,6 +132,8 @@ def product_kernel(qtype: QuantType) -> Any:
         # Group g goes with group g + half: each of the two streams reads from front to end.
         half, tiled = (groups + 1) // 2, n - n % many
         end = w + half * group_bytes
+        if ahead == 0:
+            ahead = end - FAR_BYTES  # what is there already
         for g in range(half):
             for k in range(g, groups, half):
                 for i in range(0, tiled, many):
