@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from numoe.cluster.plan import GPU_RESERVE, Plan
 from numoe.engine.gguf import GgufFile
 from numoe.engine.gpu.kv_pool import GPU_KV_TYPES, GpuKvPool
+from numoe.engine.gpu.widened import widened_bytes
 from numoe.engine.kv.pages import PAGE_TOKENS
 from numoe.engine.models.config import ModelConfig
 from numoe.engine.worker.kv_pool import KV_TYPES, KvPool, KvType
@@ -56,6 +57,10 @@ def forecast(
         free = plan.gpu.free_bytes - GPU_RESERVE - plan.attention_bytes + plan.kv_bytes
     else:
         free = free_memory - plan.shared_bytes - plan.dense_bytes
+
+    def page_bytes(kind: KvType) -> int:
+        return pool.nbytes(config, 1, kind) + (widened_bytes(config, kind, 1) if plan.gpu else 0)
+
     return Forecast(
         dense_bytes=dense,
         expert_bytes=used,
@@ -65,7 +70,7 @@ def forecast(
         experts_ms=1e3 * used / cpu_bytes_s,
         kv_ms=1e3 * kv / attention_bytes_s,
         context_tokens={
-            kind: max(0, free // pool.nbytes(config, 1, KvType(kind, kind)) * PAGE_TOKENS)
+            kind: max(0, free // page_bytes(KvType(kind, kind)) * PAGE_TOKENS)
             for kind in kinds
             if kind == "f16" or config.head_dim % 32 == 0
         },

@@ -18,6 +18,7 @@ from numoe.engine.gguf import GgufFile
 from numoe.engine.gpu.device import Device
 from numoe.engine.gpu.kv_pool import GpuKvPool, check_kv_type
 from numoe.engine.gpu.weights import dense_bytes, work_bytes
+from numoe.engine.gpu.widened import widened_bytes
 from numoe.engine.kv.pages import pages_for
 from numoe.engine.models.config import ModelConfig
 from numoe.engine.weights import SliceKey, choose_medium, is_loaded, shm_medium, source_fingerprint
@@ -210,6 +211,8 @@ def make_plan(
     queue = _positive("--queue", options.queue, DEFAULT_QUEUE, 1 << 20)
     pages = slots * pages_for(context)
     placed_kv = (GpuKvPool if gpu else KvPool).nbytes(config, pages, options.kv_type)
+    if gpu:
+        placed_kv += widened_bytes(config, options.kv_type, pages_for(context))
     dense = dense_bytes(gguf, dense_tensor_names(gguf)) if gpu else packed_bytes(plan_dense(gguf))
     count = 0
     if config.moe is not None:
@@ -238,9 +241,7 @@ def make_plan(
         kv_type=options.kv_type,
         cpus=cpus,
         gpu=gpu,
-        attention=(
-            Seats((), (), (), 1) if gpu else seating.attention(threads, (shard.seats for shard in shards))
-        ),
+        attention=(Seats((), (), (), 1) if gpu else seating.attention(threads, (shard.seats for shard in shards))),
         shards=shards,
         dense_bytes=dense,
         kv_bytes=placed_kv,
@@ -361,5 +362,3 @@ def _positive(flag: str, value: int | None, default: int, most: int) -> int:
 
 def _gb(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB"
-
-

@@ -7,16 +7,22 @@ whatever the other rows of a decode step are.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from numoe.engine.gpu import device
 from numoe.engine.gpu.compiler import module
-from numoe.engine.gpu.kv_pool import GpuKvPool
+from numoe.engine.gpu.device import cupy
+from numoe.engine.gpu.kv_pool import KINDS, GpuKvPool
+from numoe.engine.gpu.launch import Kernel
+from numoe.engine.gpu.widened import WidenedPages
 from numoe.engine.kv.pages import PAGE_TOKENS
 from numoe.engine.models.config import ModelConfig
 from numoe.engine.models.rope import rope_frequencies
+from numoe.engine.scheduler import Batch
+from numoe.engine.worker.kv_pool import F16, KvType
 
 if TYPE_CHECKING:
     import cupy as cp
@@ -29,38 +35,48 @@ DECODE_ROWS = 16
 _THREADS = 128
 _WARPS = 4
 _MERGE_THREADS = 512
-_KINDS = {"f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
+_MOST_SPLITS = 512
 _MAX_PREFILL_SPLITS = 32
 _GOOD_OCCUPANCY = 0.9
+
+
+@dataclass(frozen=True)
+class _Prefill:
+    """A kernel whose blocks take `m` rows of queries; `blocks` of them run at once."""
+
+    kernel: Kernel
+    m: int
+    shared_bytes: int
+    blocks: int
 
 
 class GpuAttention:
     """The attention of all layers of a model over a pool; `begin` once in a step, then `run` for each layer.
 
-    max_rows: rows of a step at most. max_pages: of a sequence. Buffers are those of one layer at a
-    time, so all layers of a step must run on one stream.
+    max_rows, slots: rows and sequences of a step at most. max_pages: of a sequence. Buffers are those of one
+    layer at a time, so all layers of a step must run on one stream.
     """
 
-    def __init__(self, config: ModelConfig, pool: GpuKvPool, max_rows: int, max_pages: int) -> None:
-        import cupy
-
+    def __init__(self, config: ModelConfig, pool: GpuKvPool, max_rows: int, slots: int, max_pages: int) -> None:
         self._config, self._pool, self._max_pages = config, pool, max_pages
         self._gpu = device.current()
         frequencies, magnitude = rope_frequencies(config.rope, np.float64)
-        self._frequencies, self._magnitude = cupy.asarray(frequencies), float(magnitude)
-        self._table = cupy.empty((max_rows, len(frequencies), 2), np.float32)
+        self._frequencies, self._magnitude = cupy().asarray(frequencies), float(magnitude)
+        self._table = cupy().empty((max_rows, len(frequencies), 2), np.float32)
         self._group = config.n_heads // config.n_kv_heads
         self._scale = np.float32(math.log2(math.e) / math.sqrt(config.head_dim))
         self._load_kernels()
-        parts = max(DECODE_ROWS * config.n_heads * self._splits, 3 * self._prefill_slots * self._prefill_m)
-        self._parts = cupy.empty((parts, config.head_dim), np.float32)
-        self._states = cupy.empty((parts, 2), np.float32)
+        self._widened = None if pool.kind == F16 else WidenedPages(config, pool, slots, max_pages)
+        self._prefill = self._load_prefill(pool.kind)
+        self._prefill_f16 = self._prefill if pool.kind == F16 else self._load_prefill(F16)
+        at_once = max(kernel.blocks * kernel.m for kernel in (self._prefill, self._prefill_f16))
+        parts = max(DECODE_ROWS * config.n_heads * self._splits, 3 * at_once)
+        self._parts = cupy().empty((parts, config.head_dim), np.float32)
+        self._states = cupy().empty((parts, 2), np.float32)
 
     def _load_kernels(self) -> None:
-        import cupy
-
         config, dim, sms = self._config, self._config.head_dim, self._gpu.sms
-        kinds = f"{_KINDS[self._pool.kind.keys]}, {_KINDS[self._pool.kind.values]}"
+        kinds = f"{KINDS[self._pool.kind.keys]}, {KINDS[self._pool.kind.values]}"
         append = f"rope_append<{kinds}>"
         rope = module("rope_append", append)
         self._rope_table, self._append = rope.get_function("rope_table"), rope.get_function(append)
@@ -75,29 +91,32 @@ class GpuAttention:
         # As many blocks as are on the device at once, for one row.
         blocks = sms * resident // (config.n_kv_heads * self._head_parts)
         most = -(-self._max_pages * PAGE_TOKENS // (2 * 16 * _WARPS))
-        self._splits = min(max(1, blocks), most)
+        self._splits = min(max(1, blocks), most, _MOST_SPLITS)
 
+    def _load_prefill(self, kind: KvType) -> _Prefill:
+        """The kernel of `prefill` for a type of the cache."""
+        dim = self._config.head_dim
         old = self._gpu.capability < (8, 0)  # 64 KB of shared memory
         rows16, tokens = (2, 32 if old else 64) if dim <= 128 else (1, 16 if old else 32)
-        prefill = f"prefill<{dim}, {kinds}, {rows16}, {tokens}>"
-        self._prefill_m = 16 * rows16 * _WARPS
-        self._prefill = module("attention_prefill", prefill).get_function(prefill)
-        raw = sum(
-            tokens * (_code_bytes(kind, dim) + dim // 16)
-            for kind in (self._pool.kind.keys, self._pool.kind.values)
-            if kind != "f16"
-        )
-        self._prefill_shared = (self._prefill_m + 2 * tokens) * (2 * dim + 16) + raw
-        self._prefill.max_dynamic_shared_size_bytes = self._prefill_shared
-        shared = int(cupy.cuda.Device().attributes["MaxSharedMemoryPerMultiprocessor"])
-        self._prefill_slots: int = sms * min(2 if dim <= 128 else 1, shared // (self._prefill_shared + 1024))
+        name = f"prefill<{dim}, {KINDS[kind.keys]}, {KINDS[kind.values]}, {rows16}, {tokens}>"
+        kernel, m = module("attention_prefill", name).get_function(name), 16 * rows16 * _WARPS
+        raw = sum(tokens * (_code_bytes(of, dim) + dim // 16) for of in (kind.keys, kind.values) if of != "f16")
+        shared = (m + 2 * tokens) * (2 * dim + 16) + raw
+        kernel.allow_shared_memory(shared)
+        room = int(cupy().cuda.Device().attributes["MaxSharedMemoryPerMultiprocessor"])
+        return _Prefill(kernel, m, shared, self._gpu.sms * min(2 if dim <= 128 else 1, room // (shared + 1024)))
+
+    def plan(self, batch: Batch, decode_rows: int) -> None:
+        """A step of many rows begins, the first `decode_rows` of which take the way of `decode`."""
+        if self._widened is not None:
+            self._widened.plan(batch, decode_rows)
 
     def begin(self, positions: cp.ndarray, rows: int) -> None:
         """Compute the rotary table of a step's rows; positions int32 [rows]."""
         half = len(self._frequencies)
         self._rope_table(
             (-(-rows * half // _THREADS),), (_THREADS,),
-            (self._frequencies, np.int32(half), self._magnitude, positions, np.int32(rows), self._table),
+            (self._frequencies, np.int32(half), np.float64(self._magnitude), positions, np.int32(rows), self._table),
         )  # fmt: skip
 
     def run(
@@ -133,7 +152,7 @@ class GpuAttention:
                 q, k, v, np.int32(config.n_heads), np.int32(config.n_kv_heads), np.int32(config.head_dim),
                 self._table, np.int32(len(self._frequencies)), np.int32(config.rope.style == "neox"),
                 null if q_norm is None else q_norm, null if k_norm is None else k_norm, np.float32(config.rms_eps),
-                positions, slots, *self._place(layer, page_tables),
+                positions, slots, *self._pool.place(layer, page_tables),
             ),
         )  # fmt: skip
 
@@ -147,7 +166,7 @@ class GpuAttention:
             (config.n_kv_heads * self._head_parts, rows, self._splits), (_THREADS,),
             (
                 q, np.int32(config.n_kv_heads), np.int32(self._group), self._scale, positions, slots,
-                *self._place(layer, page_tables), splits, self._parts, self._states,
+                *self._pool.place(layer, page_tables), splits, self._parts, self._states,
             ),
         )  # fmt: skip
         self._merge_parts(self._splits, positions, self._decode_tiles, out, rows)
@@ -156,28 +175,33 @@ class GpuAttention:
         self, layer: int, q: cp.ndarray, positions: cp.ndarray, slots: cp.ndarray, page_tables: cp.ndarray,
         out: cp.ndarray, rows: int,
     ) -> None:  # fmt: skip
-        """Attention of many rows, those of a sequence side by side and in order; arguments as of `run`."""
-        config = self._config
-        blocks = -(-rows * self._group // self._prefill_m)
-        splits = self._prefill_splits(blocks * config.n_kv_heads, rows * config.n_heads)
-        self._prefill(
+        """Attention of many rows, those of a sequence side by side and in order; arguments as of `run`.
+
+        Those of a step that `plan` has been told of, if any.
+        """
+        config, prefill, place = self._config, self._prefill, self._pool.place(layer, page_tables)
+        if self._widened:
+            self._widened.widen(layer)
+            prefill, place = self._prefill_f16, self._widened.place()
+        blocks = -(-rows * self._group // prefill.m)
+        splits = self._prefill_splits(blocks * config.n_kv_heads, rows * config.n_heads, prefill.blocks)
+        prefill.kernel(
             (blocks, config.n_kv_heads, splits), (_THREADS,),
             (
                 q, np.int32(rows), np.int32(config.n_kv_heads), np.int32(self._group), self._scale, positions, slots,
-                *self._place(layer, page_tables), np.int32(splits), self._parts, self._states, out,
+                *place, np.int32(splits), self._parts, self._states, out,
             ),
-            shared_mem=self._prefill_shared,
+            shared_mem=prefill.shared_bytes,
         )  # fmt: skip
         if splits > 1:
             self._merge_parts(splits, positions, 0, out, rows)
 
-    def _prefill_splits(self, blocks: int, heads: int) -> int:
+    def _prefill_splits(self, blocks: int, heads: int, at_once: int) -> int:
         """Into how many shares contexts are cut so that the last wave of blocks leaves few places empty."""
-        slots = self._prefill_slots
         most = max(1, min(_MAX_PREFILL_SPLITS, len(self._parts) // heads))
 
         def occupancy(splits: int) -> float:
-            return blocks * splits / (-(-blocks * splits // slots) * slots)
+            return blocks * splits / (-(-blocks * splits // at_once) * at_once)
 
         good = (splits for splits in range(1, most + 1) if occupancy(splits) >= _GOOD_OCCUPANCY)
         return next(good, None) or max(range(1, most + 1), key=occupancy)
@@ -191,15 +215,6 @@ class GpuAttention:
                 self._parts, self._states, np.int32(config.head_dim), np.int32(splits), positions, np.int32(tiles),
                 out,
             ),
-            shared_mem=4 * splits,
-        )  # fmt: skip
-
-    def _place(self, layer: int, page_tables: cp.ndarray) -> tuple[Any, ...]:
-        """What KV_PARAMETERS of `cuda/kv.cuh` stands for."""
-        pool = self._pool
-        return (
-            np.uint64(pool.layer_address(layer)), np.int64(pool.page_bytes), np.int32(pool.head_bytes),
-            np.int32(pool.key_bytes), page_tables, np.int32(page_tables.shape[1]),
         )  # fmt: skip
 
 

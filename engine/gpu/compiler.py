@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from numoe.engine.gpu.device import cupy
+from numoe.engine.gpu.launch import Kernel
 
 ARCHS = (75, 80, 86, 89, 90, 120)
 """Compute capabilities, times ten, that every source compiles for."""
@@ -51,8 +52,21 @@ def _lines(file: str, seen: set[str]) -> Iterator[str]:
             yield ""
 
 
-def module(name: str, *instances: str) -> Any:
-    """The compiled source `name` on the current device, a `cupy.RawModule`; made once, cached on disk.
+class Module:
+    """A compiled source."""
+
+    def __init__(self, raw: Any) -> None:
+        self._raw, self._kernels = raw, dict[str, Kernel]()
+
+    def get_function(self, name: str) -> Kernel:
+        """Its kernel `name`."""
+        if name not in self._kernels:
+            self._kernels[name] = Kernel(self._raw.get_function(name))
+        return self._kernels[name]
+
+
+def module(name: str, *instances: str) -> Module:
+    """The compiled source `name` on the current device; made once, cached on disk.
 
     `instances` are template kernels to be found by `get_function`, e.g. "decode<128, 8>".
     """
@@ -60,12 +74,12 @@ def module(name: str, *instances: str) -> Any:
 
 
 @functools.cache
-def _module(name: str, instances: tuple[str, ...], _device: int) -> Any:
+def _module(name: str, instances: tuple[str, ...], _device: int) -> Module:
     if tell := _told.get():
         tell(f"compiling CUDA kernels (once on this machine): {name}")
     found = cupy().RawModule(code=source(name), options=OPTIONS, name_expressions=instances or None)
     found.compile()
-    return found
+    return Module(found)
 
 
 @contextmanager

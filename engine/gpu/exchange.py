@@ -21,7 +21,7 @@ from numoe.engine.models.config import MoeConfig
 if TYPE_CHECKING:
     import cupy as cp
 
-_THREADS = 256
+_THREADS, _SEND_THREADS, _WARP = 512, 1024, 32
 _FUSED_ROWS = 16
 """Rows up to which each row's block waits for the shards itself."""
 
@@ -74,25 +74,25 @@ class GpuExchange:
     def send(self, normed: cp.ndarray, logits: cp.ndarray, rows: int, layer: int) -> None:
         """Route the rows and publish the request.
 
-        normed: float32 [rows, hidden]. logits: the router's, float32 [rows, experts].
+        normed: float32 [rows, hidden]. logits: the router's, float32 [rows, experts], by the kernel launched last,
+        which must have been told `share_x`.
         """
         moe = self._moe
-        shared = self._hidden // 32 * 48 + 4 * moe.n_experts
         self._send(
-            (rows,), (_THREADS,),
+            (rows,), (_SEND_THREADS,),
             (
                 normed, np.int32(self._hidden), logits, np.int32(moe.n_experts), np.int32(moe.n_used),
                 np.int32(moe.normalize_weights), np.float32(moe.weights_scale), self._box, self.words, np.uint32(layer),
             ),
-            shared_mem=shared,
+            shared_mem=self._hidden // 32 * 48 + 4 * (moe.n_experts + 2 * moe.n_used),
         )  # fmt: skip
 
     def receive(self, x: cp.ndarray, rows: int) -> None:
         """Wait for every shard and add the partial sums to x, float32 [rows, hidden]."""
         if rows > _FUSED_ROWS:
-            self._wait((1,), (max(32, self._mailbox.layout.shards),), (self._box, self.words, self._bound))
+            self._wait((1,), (max(_WARP, self._mailbox.layout.shards),), (self._box, self.words, self._bound))
         arguments = (x, np.int32(self._hidden), self._box, self.words, self._bound)
-        self._receive((rows,), (_THREADS,), arguments)
+        self._receive((rows,), (_THREADS + _WARP,), arguments)
 
     def close(self) -> None:
         """Give the mailbox's memory back to the host alone."""

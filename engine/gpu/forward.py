@@ -30,7 +30,8 @@ from numoe.engine.gpu.device import cupy
 from numoe.engine.gpu.exchange import WORDS, GpuExchange
 from numoe.engine.gpu.kv_pool import GpuKvPool
 from numoe.engine.gpu.logits import DeviceLogits
-from numoe.engine.gpu.matrices import multiply_all
+from numoe.engine.gpu.lookahead import Lookahead
+from numoe.engine.gpu.matrices import GpuMatrix, multiply_all
 from numoe.engine.gpu.pages import GpuPages
 from numoe.engine.gpu.pairs import ExpertPairs
 from numoe.engine.gpu.resident import ResidentExperts
@@ -68,7 +69,10 @@ class GpuForward:
             self.pool = GpuKvPool(config, options.n_pages, options.kv_type)
             self.pages = GpuPages(config, self.pool)
             self._inputs = StepInputs(options.max_rows, options.slots, pages_for(options.context))
-            self._attention = GpuAttention(config, self.pool, options.max_rows, pages_for(options.context))
+            self._lookahead = Lookahead(self.pool, config.n_kv_heads)
+            self._attention = GpuAttention(
+                config, self.pool, options.max_rows, options.slots, pages_for(options.context)
+            )
             self._pairs: ExpertPairs | None = None
             self._resident: ResidentExperts | None = None
             self._exchange: GpuExchange | None = None
@@ -138,7 +142,9 @@ class GpuForward:
             if rows <= GRAPH_ROWS:
                 self._graph(rows).launch(self._stream)
             else:
-                self._body(rows, _decode_rows(batch))
+                decode_rows = _decode_rows(batch)
+                self._attention.plan(batch, decode_rows)
+                self._body(rows, decode_rows)
             self._copy_words()
             if self._mailbox is not None:
                 self._mailbox.wake_shards()  # while the first layer's attention runs
@@ -266,10 +272,13 @@ class GpuForward:
 
     def _head(self, x: cp.ndarray, rows: int) -> None:
         """Final norm, logits and what sampling wants to know of rows of x."""
-        output = self.weights.matrices.get("output.weight") or self.weights.matrices["token_embd.weight"]
         self._norm("output_norm.weight", x, self._last, rows)
-        output.multiply(self._last, self._logits.device, rows)
+        self._output.multiply(self._last, self._logits.device, rows)
         self._logits.prepare(rows)
+
+    @property
+    def _output(self) -> GpuMatrix:
+        return self.weights.matrices.get("output.weight") or self.weights.matrices["token_embd.weight"]
 
     def _norm(self, name: str, x: cp.ndarray, out: cp.ndarray, rows: int) -> None:
         ops.rms_norm(x, self.weights.vectors[name], self.config.rms_eps, out, rows)
@@ -297,7 +306,8 @@ class GpuForward:
     def _experts(self, layer: int, rows: int) -> None:
         prefix = f"blk.{layer}."
         self._norm(prefix + "ffn_norm.weight", self._x, self._normed, rows)
-        self.weights.matrices[prefix + "ffn_gate_inp.weight"].multiply(self._normed, self._router, rows)
+        router = self.weights.matrices[prefix + "ffn_gate_inp.weight"]
+        router.multiply(self._normed, self._router, rows, share_x=True)
         if self._resident is not None and layer in self._resident:
             self._resident.run(layer, self._x, self._normed, self._router, rows)
             return
@@ -307,7 +317,19 @@ class GpuForward:
             streamed.run(self._x, self._normed, self._router, rows)
             return
         self._exchange.send(self._normed, self._router, rows, layer)
+        if rows <= GRAPH_ROWS:
+            self._look_ahead(layer + 1, rows)
         self._exchange.receive(self._x, rows)
+
+    def _look_ahead(self, layer: int, rows: int) -> None:
+        """While the shards work, fetch what comes next to the GPU's cache: a layer, or the head behind the last one."""
+        matrices, prefix = self.weights.matrices, f"blk.{layer}."
+        if layer == self.config.n_layers:
+            self._lookahead.run([self._output], None, self._inputs, rows)
+        else:
+            names = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp")
+            coming = [matrix for name in names if (matrix := matrices.get(f"{prefix}{name}.weight"))]
+            self._lookahead.run(coming, layer, self._inputs, rows)
 
     def _streamed_for(self, rows: int) -> StreamedExperts | None:
         """What multiplies the experts of a step of so many rows on the GPU; None if the shards do."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,8 @@ BLOCK = 32
 
 _CODE_BITS = {"f16": 16, "q8_0": 8, "q4_0": 4}
 GPU_KV_TYPES = tuple(_CODE_BITS)
+KINDS = {"f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
+"""What the types are called in `cuda/kv.cuh`."""
 MAX_HEAD_DIM = 256
 
 
@@ -56,7 +58,7 @@ class GpuKvPool:
         import cupy
 
         check_kv_type(config, kind)
-        self.kind = kind
+        self.kind, self._dim = kind, config.head_dim
         self.key_bytes = cell_bytes(kind.keys, config.head_dim)
         self.head_bytes = self.key_bytes + cell_bytes(kind.values, config.head_dim)
         self.layer_bytes = config.n_kv_heads * self.head_bytes
@@ -68,6 +70,23 @@ class GpuKvPool:
         """Bytes of a pool."""
         head = cell_bytes(kind.keys, config.head_dim) + cell_bytes(kind.values, config.head_dim)
         return n_pages * config.n_layers * config.n_kv_heads * head
+
+    def place(self, layer: int, page_tables: cp.ndarray) -> tuple[Any, ...]:
+        """What KV_PARAMETERS of `cuda/kv.cuh` stands for; page_tables: int32 [slots, pages], on the device."""
+        return (
+            np.uint64(self.layer_address(layer)), np.int64(self.page_bytes), np.int32(self.head_bytes),
+            np.int32(self.key_bytes), page_tables, np.int32(page_tables.shape[1]),
+        )  # fmt: skip
+
+    def token_parts(self) -> list[tuple[int, int]]:
+        """Codes and scales of keys, then of values: where a KV head's begin in its part of a page, bytes a token."""
+        found = []
+        for start, kind in ((0, self.kind.keys), (self.key_bytes, self.kind.values)):
+            codes = self._dim * _CODE_BITS[kind] // 8
+            found.append((start, codes))
+            if kind != "f16":
+                found.append((start + PAGE_TOKENS * codes, 2 * self._dim // BLOCK))
+        return found
 
     def layer_address(self, layer: int) -> int:
         """Where layer `layer` of page 0 begins; other pages follow at multiples of `page_bytes`."""

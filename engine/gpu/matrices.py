@@ -21,6 +21,7 @@ from numoe.engine.gguf import GgufFile, TensorInfo
 from numoe.engine.gpu import gemm
 from numoe.engine.gpu.compiler import module
 from numoe.engine.gpu.device import cupy, current
+from numoe.engine.gpu.launch import Kernel
 from numoe.engine.gpu.staging import Staging
 from numoe.engine.progress import Progress
 
@@ -38,6 +39,7 @@ FLOATS = {QuantType.F32: 4, QuantType.F16: 2, QuantType.BF16: 2}
 
 _TILE_ROWS, _TILE_COLS, _LANES, _THREADS = 16, 64, 32, 256
 _GEMV_WARPS, _FLOAT_ROWS = 16, 4
+_ADD, _SHARE_X = 1, 2
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Workspace:
 
 
 @functools.cache
-def _kernels(qtype: QuantType) -> dict[str, Any]:
+def _kernels(qtype: QuantType) -> dict[str, Kernel]:
     """The compiled kernels of a format on this device."""
     name = qtype.name
     if qtype in FLOATS:
@@ -112,13 +114,13 @@ def _kernels(qtype: QuantType) -> dict[str, Any]:
     else:
         gemv = {f"gemv{4 * n}": f"gemv<{name}, {n}>" for n in (1, 2, 4)} | {"gemv_experts": f"gemv_experts<{name}>"}
         other = {what: f"{what}<{name}>" for what in ("repack", "dequantize", "embed")}
-    found: dict[str, Any] = {}
+    found: dict[str, Kernel] = {}
     for source, kernels in (("gemv", gemv), ("dequantize", other)):
         compiled = module(source, *kernels.values())
         found |= {key: compiled.get_function(full) for key, full in kernels.items()}
     if qtype in TILE_FORMATS:
         for key in gemv:
-            found[key].max_dynamic_shared_size_bytes = _shared_limit()
+            found[key].allow_shared_memory(_shared_limit())
     return found
 
 
@@ -204,25 +206,27 @@ class GpuMatrix:
 
     # --- products ---------------------------------------------------------------------------------
 
-    def multiply(self, x: cp.ndarray, out: cp.ndarray, rows: int, *, add: bool = False) -> None:
+    def multiply(self, x: cp.ndarray, out: cp.ndarray, rows: int, *, add: bool = False, share_x: bool = False) -> None:
         """out[r] = W x[r], or out[r] += W x[r], for r < rows.
+
+        share_x: the kernel launched next may read x before it waits for this one.
 
         x: float32 [., cols]; out: float32 [., out_rows]; both contiguous. Products of up to GEMV_ROWS
         rows take x as 15-bit integers of 32 at a time (F32, F16, BF16: as it is), of more as float16
         (F32: as it is); sums are float32.
         """
-        multiply_all([(self, out)], x, rows, add=add)
+        multiply_all([(self, out)], x, rows, add=add, share_x=share_x)
 
     def _shared_bytes(self, rows: int) -> int:
         """Of a launch with `rows` rows: activations, and partial sums of every warp, twice."""
         activations = 2 * self.tiles * (64 + 4 * TILE_FORMATS[self.qtype].block_floats)
         return rows * (activations + 2 * 4 * _GEMV_WARPS * _TILE_ROWS)
 
-    def _gemv_floats(self, x: cp.ndarray, out: cp.ndarray, rows: int, *, add: bool) -> None:
+    def _gemv_floats(self, x: cp.ndarray, out: cp.ndarray, rows: int, flags: int) -> None:
         at_once = 1 << (rows - 1).bit_length()
         self._launch(
             f"gemv{at_once}", (-(-self.out_rows // _FLOAT_ROWS),), self.data, x, np.int32(self.out_rows),
-            np.int32(self.cols), np.int32(rows), out, np.int32(add),
+            np.int32(self.cols), np.int32(rows), out, np.int32(flags),
         )  # fmt: skip
 
     def _gemm(self, x: cp.ndarray, out: cp.ndarray, rows: int, *, add: bool) -> None:
@@ -279,25 +283,27 @@ class GpuMatrix:
 
 
 def multiply_all(
-    products: Sequence[tuple[GpuMatrix, cp.ndarray]], x: cp.ndarray, rows: int, *, add: bool = False
-) -> None:
+    products: Sequence[tuple[GpuMatrix, cp.ndarray]], x: cp.ndarray, rows: int, *, add: bool = False,
+    share_x: bool = False,
+) -> None:  # fmt: skip
     """`matrix.multiply(x, out, rows)` for several (matrix, out) of the same x, in as few launches as can be."""
     if rows > GEMV_ROWS:
         for matrix, out in products:
             matrix._gemm(x, out, rows, add=add)
         return
+    flags = _ADD * add | _SHARE_X * share_x
     quantized: dict[QuantType, list[tuple[GpuMatrix, cp.ndarray]]] = {}
     for matrix, out in products:
         if matrix.is_float:
-            matrix._gemv_floats(x, out, rows, add=add)
+            matrix._gemv_floats(x, out, rows, flags)
         else:
             quantized.setdefault(matrix.qtype, []).append((matrix, out))
     for same in quantized.values():
         for start in range(0, len(same), PRODUCTS_AT_ONCE):
-            _gemv(same[start : start + PRODUCTS_AT_ONCE], x, rows, add=add)
+            _gemv(same[start : start + PRODUCTS_AT_ONCE], x, rows, flags)
 
 
-def _gemv(products: Sequence[tuple[GpuMatrix, cp.ndarray]], x: cp.ndarray, rows: int, *, add: bool) -> None:
+def _gemv(products: Sequence[tuple[GpuMatrix, cp.ndarray]], x: cp.ndarray, rows: int, flags: int) -> None:
     """Matrices of one quantized format times rows of x, in one launch for as many rows as fit."""
     matrix = products[0][0]
     step = min(rows, _shared_limit() // matrix._shared_bytes(1))
@@ -310,7 +316,7 @@ def _gemv(products: Sequence[tuple[GpuMatrix, cp.ndarray]], x: cp.ndarray, rows:
             packed["each"][i] = (each.data.data.ptr, out.data.ptr + 4 * first * each.out_rows, each.out_rows)
         at = np.uint64(x.data.ptr + 4 * first * matrix.cols)
         kernel = matrix._kernels["gemv4" if count <= 4 else "gemv8" if count <= 8 else "gemv16"]
-        args = (packed, at, np.int32(matrix.cols), np.int32(count), np.int32(add))
+        args = (packed, at, np.int32(matrix.cols), np.int32(count), np.int32(flags))
         kernel((blocks,), (_GEMV_WARPS * _LANES,), args, shared_mem=matrix._shared_bytes(count))
 
 

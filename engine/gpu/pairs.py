@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PORTION_BYTES = 64 << 20
 """Of experts' weights that become float16 at a time."""
-_THREADS = 256
+_THREADS, _ROUTE_THREADS = 256, 128
 
 
 class ExpertPairs:
@@ -59,14 +59,15 @@ class ExpertPairs:
         return portion_experts(moe, gguf) * 6 * moe.ffn * config.hidden + max_rows * moe.n_used * of_pair
 
     def route(self, logits: cp.ndarray, rows: int) -> None:
-        """Choose experts: `ids` and their weights; logits: the router's, float32 [rows, experts], overwritten."""
+        """Choose experts: `ids` and their weights; logits: the router's, float32 [rows, experts]."""
         moe = self._moe
         self._kernels.get_function("route_rows")(
-            (-(-rows // 8),), (_THREADS,),
+            (rows,), (_ROUTE_THREADS,),
             (
-                logits, np.int32(rows), np.int32(moe.n_experts), np.int32(moe.n_used),
-                np.int32(moe.normalize_weights), np.float32(moe.weights_scale), self.ids, self._weights,
+                logits, np.int32(moe.n_experts), np.int32(moe.n_used), np.int32(moe.normalize_weights),
+                np.float32(moe.weights_scale), self.ids, self._weights,
             ),
+            shared_mem=4 * (moe.n_experts + 2 * moe.n_used),
         )  # fmt: skip
 
     def group(self, normed: cp.ndarray, rows: int) -> list[int]:

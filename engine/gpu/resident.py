@@ -42,7 +42,7 @@ class ResidentExperts:
     def run(self, layer: int, x: cp.ndarray, normed: cp.ndarray, logits: cp.ndarray, rows: int) -> None:
         """x += the layer's experts, applied to its rows; up to GEMV_ROWS of them may be captured in a graph.
 
-        x, normed: float32 [rows, hidden]; logits: the router's, float32 [rows, experts], overwritten.
+        x, normed: float32 [rows, hidden]; logits: the router's, float32 [rows, experts].
         """
         self._pairs.route(logits, rows)
         if rows <= GEMV_ROWS:

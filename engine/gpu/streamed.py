@@ -58,9 +58,7 @@ class StreamedExperts:
         self._config, self._moe, self._pairs = config, config.moe, pairs
         self._slices = [plan_slice(config, gguf, cut) for cut in cuts]
         self._ranges = [cut.blocks(config.moe.ffn) for cut in cuts]
-        self._segments = [
-            WeightSlice.open(linked(folder, cut.name), writable=True) for cut in cuts
-        ]
+        self._segments = [WeightSlice.open(linked(folder, cut.name), writable=True) for cut in cuts]
         self._memory = [RegisteredMemory(segment.array) for segment in self._segments]
         self._packed_bytes = _packed_bytes(self._slices, pairs.portion)
         self._portions = [
@@ -96,7 +94,7 @@ class StreamedExperts:
     def run(self, x: cp.ndarray, normed: cp.ndarray, logits: cp.ndarray, rows: int) -> None:
         """x += the experts of the next layer, applied to its rows.
 
-        x, normed: float32 [rows, hidden]; logits: the router's, float32 [rows, experts], overwritten.
+        x, normed: float32 [rows, hidden]; logits: the router's, float32 [rows, experts].
         Waits for the routing to be known on the host.
         """
         pairs = self._pairs

@@ -13,6 +13,7 @@
 #include "mma.cuh"
 
 constexpr int WARPS = DECODE_WARPS;
+constexpr int MOST_ROWS = 16;  // of a step whose kernels overlap
 constexpr float SLACK = 6;   // weights reach 2^(SLACK + LIFT), within float16's range,
 constexpr float LIFT = 8;    // and small ones stay normal numbers
 
@@ -32,6 +33,11 @@ inline void load_early(uint32* d, const uint2* p) {
 inline void load_early(uint32* d, const uint32* p) {
     asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(d[0]) : "l"(p));
 }
+inline uint16 load_early(const uint16* p) {
+    uint16 x;
+    asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(x) : "l"(p));
+    return x;
+}
 
 // COUNT 16-bit numbers, whose address is a multiple of 2 COUNT bytes, in as few loads as that allows.
 template <int COUNT> inline void load_halves(uint32* d, const char* p) {
@@ -47,7 +53,7 @@ template <int COUNT> inline void load_halves(uint32* d, const char* p) {
     } else {
         const uint16* q = reinterpret_cast<const uint16*>(p);
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) d[i / 2] = i % 2 ? d[i / 2] | uint32(load_once(q + i)) << 16 : load_once(q + i);
+        for (int i = 0; i < COUNT; i++) d[i / 2] = i % 2 ? d[i / 2] | uint32(load_early(q + i)) << 16 : load_early(q + i);
     }
 }
 
@@ -431,11 +437,12 @@ __global__ void __launch_bounds__(WARPS * WARP, RESIDENT) decode(
         for (int i = 0; i < TILES; i++) values[i].load(places[i] + key_bytes, first_token(at + i), last_token(at + i));
     };
 
-    if (tile < end) {
-        find(tile);
-        load_keys(tile);
-        load_values(tile);
-    }
+    // Tokens of this step may still be on their way to the pool, older ones are there.
+    bool old = (tile + TILES) * TILE + MOST_ROWS <= length;
+    if (tile < end) find(tile);
+    if (tile < end && old) load_keys(tile), load_values(tile);
+    await_previous();
+    if (tile < end && !old) load_keys(tile), load_values(tile);
     Queries<DIM, KEYS> queries[HEADS8];
 #pragma unroll
     for (int h = 0; h < HEADS8; h++) queries[h].load(q + (head + 8 * h) * DIM, heads - 8 * h, scale);

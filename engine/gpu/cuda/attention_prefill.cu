@@ -51,18 +51,7 @@ template <int DIM, KvKind KIND, int TOKENS> struct Tile {
 #pragma unroll
             for (int b = 0; b < BLOCKS; b++) {
                 uint32 scale = row < tokens ? scales[row * BLOCKS + b] * 0x10001u : 0;
-                uint32 x, y;
-                if constexpr (KIND == Q8_0) {
-                    uint32 codes = reinterpret_cast<const uint32*>(raw)[(row * 8 + four) * BLOCKS + b];
-                    x = add_halves(low_bytes(codes), MINUS_Q8_BIAS), y = add_halves(high_bytes(codes), MINUS_Q8_BIAS);
-                } else {
-                    uint32 codes = reinterpret_cast<const uint16*>(raw)[(row * 8 + four) * BLOCKS + b];
-                    codes = (codes & 0x00ff) | (codes & 0xff00) << 8;  // 0 and 1 in the low half, 2 and 3 in the high one
-                    uint32 even = add_halves(low_nibbles(codes), MINUS_Q4_BIAS);
-                    uint32 odd = add_halves(high_nibbles(codes), MINUS_Q4_BIAS_HIGH);
-                    x = halves<0, 0>(even, odd), y = halves<1, 1>(even, odd);
-                }
-                uint2 both = make_uint2(multiply_halves(x, scale), multiply_halves(y, scale));
+                uint2 both = four_numbers<KIND, BLOCKS>(raw + row * code_bytes(KIND, DIM), four, b, scale);
                 *reinterpret_cast<uint2*>(to + 2 * BLOCK * b) = both;
             }
         }
@@ -82,6 +71,7 @@ __global__ void __launch_bounds__(THREADS, DIM > 128 ? 1 : 2) prefill(
     using ValueTile = Tile<DIM, VALUES, TOKENS>;
     extern __shared__ __align__(16) char shared[];
     __shared__ int run_end;
+    await_previous();
     KeyTile keys{shared + M * STRIDE, shared + M * STRIDE + 2 * KeyTile::BYTES};
     ValueTile values{shared + M * STRIDE + KeyTile::BYTES, keys.raw + KeyTile::RAW_BYTES};
 

@@ -21,6 +21,28 @@ constexpr uint32 ALL_LANES = 0xffffffffu;
 inline int lane_id() { return threadIdx.x % WARP; }
 inline int warp_id() { return threadIdx.x / WARP; }
 
+// Returns when all kernels before this one are done; then what they wrote is there. The kernels of a step overlap
+// where the GPU can do that (engine/gpu/launch.py), so every kernel calls this before it writes anything, and before
+// it reads anything but weights and the step's inputs, which no kernel writes. The next kernel may begin now.
+#if __CUDA_ARCH__ >= 900
+#define OVERLAPS 1
+#else
+#define OVERLAPS 0
+#endif
+inline void await_previous() {
+#if OVERLAPS
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The same, but the next kernel begins only then: it may read at once what kernels before this one wrote.
+inline void await_previous_first() {
+#if OVERLAPS
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 template <class A, class B> inline auto divide_up(A a, B b) { return (a + b - 1) / b; }
 
 // Loads of weights that are read once in a step: they leave no trace in the first-level cache.
@@ -50,6 +72,18 @@ inline float half_to_float(uint16 bits) { return __half2float(__ushort_as_half(b
 inline float bfloat_to_float(uint16 bits) { return __uint_as_float(uint32(bits) << 16); }
 inline uint16 float_to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
 inline uint32 floats_to_half2(float low, float high) { return float_to_half(low) | uint32(float_to_half(high)) << 16; }
+
+// Pairs of float16.
+inline uint32 add_halves(uint32 x, uint32 y) {
+    uint32 z;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+    return z;
+}
+inline uint32 multiply_halves(uint32 x, uint32 y) {
+    uint32 z;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+    return z;
+}
 
 // The sum (the largest) of a value over a warp, in every lane; the order is fixed.
 inline float warp_sum(float x) {

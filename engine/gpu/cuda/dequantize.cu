@@ -12,6 +12,7 @@ template <class F> inline uint32 both_rows(const uint8* const (&p)[2], int at) {
 // raw: uint8 [rows, row_bytes], GGUF rows, the first a multiple of 16; out: where their tiles begin.
 // One thread for each lane of each tile. What lies outside the matrix becomes zero.
 template <class F> __global__ void repack(const uint8* raw, int64 row_bytes, int rows, int cols, int tiles, uint8* out) {
+    await_previous();
     int64 id = thread_id();
     int lane = id % WARP, g = lane / 4, t = lane % 4;
     int tile = id / WARP % tiles;
@@ -89,6 +90,7 @@ template <class F, class To> inline void unpack(const typename F::Tile& tile, in
 // weights: tiles of rows first_group * 16 on; out: float16 [., cols], those rows; after each `part` rows as many are
 // left out there. One thread a lane.
 template <class F> __global__ void dequantize(const uint8* weights, int64 first_group, int rows, int cols, int tiles, uint16* out, int part) {
+    await_previous();
     int64 id = thread_id(), group = id / WARP / tiles;
     int lane = id % WARP, tile = id / WARP % tiles;
     if (group * TILE_ROWS >= rows) return;
@@ -106,6 +108,7 @@ template <class F> __global__ void dequantize(const uint8* weights, int64 first_
 
 // out: float32 [rows, cols], rows tokens[0..rows - 1] of the matrix. blockIdx.y is the row of out.
 template <class F> __global__ void embed(const uint8* weights, const int* tokens, int cols, int tiles, float* out) {
+    await_previous();
     int id = blockIdx.x * blockDim.x + threadIdx.x, tile = id / 4, token = tokens[blockIdx.y];
     if (tile >= tiles) return;
     int lane = token % 8 * 4 + id % 4, wanted = token / 8 % 2;
@@ -120,6 +123,7 @@ template <class F> __global__ void embed(const uint8* weights, const int* tokens
 
 // The same for matrices of floats, which lie row after row.
 template <class F> __global__ void embed_floats(const uint8* weights, const int* tokens, int cols, float* out) {
+    await_previous();
     int col = blockIdx.x * blockDim.x + threadIdx.x;
     if (col < cols)
         out[int64(blockIdx.y) * cols + col] = F::number(weights + (int64(tokens[blockIdx.y]) * cols + col) * F::SIZE);
@@ -127,6 +131,7 @@ template <class F> __global__ void embed_floats(const uint8* weights, const int*
 
 // out: float16 [count], the numbers of a matrix or of activations; what float16 cannot hold becomes its largest.
 template <class F> __global__ void to_half(const uint8* x, int64 count, uint16* out) {
+    await_previous();
     int64 i = thread_id() * 4;
     if (i >= count) return;
     float v[4];

@@ -1,16 +1,14 @@
 // The hand-off to the expert shards through the mailbox, which is host memory mapped for the GPU.
 //
-// route and send write a request as engine/experts/mailbox.py lays it out; the block that finishes last
-// publishes its sequence number. receive and wait spin on the shards' replies. A shard whose heartbeat
+// send writes a request as engine/experts/mailbox.py lays it out; the block that finishes last publishes its
+// sequence number. receive and wait spin on the shards' replies. A shard whose heartbeat
 // stands still for longer than the bound is late: `failed` becomes its number + 1, and every kernel of
 // the step that follows returns at once, so that a dead shard never leaves the GPU spinning.
 
 #include "common.cuh"
 #include "routing.cuh"
 
-#define THREADS 256
-#define MAX_EXPERTS 1024
-#define MAX_SHARDS 64
+constexpr int THREADS = 512, SEND_THREADS = 1024;
 
 // Words in device memory that live as long as the worker (see engine/gpu/exchange.py).
 struct Words {
@@ -88,47 +86,56 @@ __device__ __forceinline__ void quantize_block(float a, float b, signed char *co
 
 // One thread: a step begins.
 extern "C" __global__ void begin(Words *words) {
+    await_previous();
     words->failed = words->arrived = 0;
     words->experts = words->wait = 0;
 }
 
-// One block a row: the request of a layer. x: float32 [rows, hidden], the normalised rows; logits:
-// float32 [rows, experts]. Shared memory: an 8-bit row (hidden / 32 * 48 bytes), then the logits.
-extern "C" __global__ void __launch_bounds__(THREADS)
+// One block a row: the request of a layer. x: float32 [rows, hidden], the normalised rows, which are there from the
+// start: the router's product, the kernel before, has waited for them (SHARE_X in gemv.cu). logits: float32 [rows,
+// experts], its result. Shared memory: an 8-bit row (hidden / 32 * 48 bytes), then experts + 2 top_k floats.
+extern "C" __global__ void __launch_bounds__(SEND_THREADS)
 send(const float *x, int hidden, const float *logits, int experts, int top_k, int normalize, float scale,
      Mailbox box, Words *words, unsigned layer) {
     extern __shared__ __align__(16) unsigned char shared[];
-    if (words->failed) return;
-    int row = blockIdx.x;
-    float *router = (float *)(shared + hidden / 32 * 48);
-    for (int e = threadIdx.x; e < experts; e += THREADS) router[e] = logits[(long long)row * experts + e];
-    const float *source = x + (long long)row * hidden;
-    for (int i = threadIdx.x; i < hidden / 2; i += THREADS) {
-        int block = i / 16;
-        quantize_block(source[32 * block + i % 16], source[32 * block + 16 + i % 16],
-                       (signed char *)shared + 32 * block, (float *)(shared + hidden + 16 * block));
-    }
-    __syncthreads();
-    if (threadIdx.x < 32)
-        route(router, experts, top_k, normalize, scale, box.ids + row * top_k, box.weights + row * top_k);
-    else {
+    unsigned sequence = words->sequence;
+    bool failed = words->failed;
+    long long row = blockIdx.x;
+    if (!failed) {
+        const float *source = x + row * hidden;
+        for (int i = threadIdx.x; i < hidden / 2; i += SEND_THREADS) {
+            int block = i / 16, first = 32 * block + i % 16;
+            quantize_block(source[first], source[first + 16], (signed char *)shared + 32 * block,
+                           (float *)(shared + hidden + 16 * block));
+        }
+        __syncthreads();
         uint4 *out = (uint4 *)(box.q8_rows + row * box.q8_stride);
-        for (int i = threadIdx.x - 32; i < hidden / 32 * 3; i += THREADS - 32) out[i] = ((uint4 *)shared)[i];
+        for (int i = threadIdx.x; i < hidden / 32 * 3; i += SEND_THREADS) out[i] = ((uint4 *)shared)[i];
         if (box.f32_rows) {
             float4 *wide = (float4 *)((unsigned char *)box.f32_rows + row * box.f32_stride);
-            for (int i = threadIdx.x - 32; i < hidden / 4; i += THREADS - 32) wide[i] = ((const float4 *)source)[i];
+            for (int i = threadIdx.x; i < hidden / 4; i += SEND_THREADS) wide[i] = ((const float4 *)source)[i];
+        }
+        if (row == 0 && threadIdx.x == 0) {
+            store_long(box.request + 128, layer);
+            store_long(box.request + 136, gridDim.x);
         }
     }
-    __threadfence_system();
+    await_previous();
+    if (failed) return;
+    float *router = (float *)(shared + hidden / 32 * 48);
+    for (int e = threadIdx.x; e < experts; e += SEND_THREADS) router[e] = logits[row * experts + e];
+    route<SEND_THREADS>(router, experts, top_k, normalize, scale, router + experts, box.ids + row * top_k, box.weights + row * top_k);
     __syncthreads();
-    if (threadIdx.x == 0 && atomicAdd(&words->arrived, 1) == gridDim.x - 1) {
-        words->arrived = 0;
-        store_long(box.request + 128, layer);
-        store_long(box.request + 136, gridDim.x);
+    if (threadIdx.x > 0) return;
+    if (gridDim.x > 1) {
         __threadfence_system();
-        words->published = clock_ns();
-        store_word(box.request, ++words->sequence);
+        if (atomicAdd(&words->arrived, 1) < gridDim.x - 1) return;
+        words->arrived = 0;
     }
+    words->sequence = ++sequence;
+    words->published = clock_ns();
+    __threadfence_system();  // also for what other threads wrote, whom this one has waited for
+    store_word(box.request, sequence);
 }
 
 // Threads 0 to shards - 1 of a block: wait for the reply of a shard each. Returns on all threads.
@@ -144,12 +151,12 @@ __device__ void await_replies(const Mailbox &box, Words *words, long long bound)
             if (now != beat) { beat = now; since = clock_ns(); }
             else if ((long long)(clock_ns() - since) > bound) { atomicCAS(&words->failed, 0, threadIdx.x + 1); break; }
         }
+        __threadfence_system();
     }
-    __threadfence_system();
     __syncthreads();
 }
 
-// Thread 0 of one block of a layer: book where the time since the request went.
+// One thread of one block of a layer: book where the time since the request went.
 __device__ void book_time(const Mailbox &box, Words *words) {
     unsigned long long busy = 0, passed = clock_ns() - words->published;
     for (int shard = 0; shard < box.shards; shard++) {
@@ -160,27 +167,48 @@ __device__ void book_time(const Mailbox &box, Words *words) {
     words->wait += passed > busy ? passed - busy : 0;
 }
 
-// x[row] += the shards' partial sums, in the order of the shards; one block a row, which waits itself.
-extern "C" __global__ void __launch_bounds__(THREADS)
+// x[row] += the shards' partial sums, in the order of the shards; one block a row, which waits itself. Its last warp
+// keeps the books, while the others read: each look at the host's memory takes a microsecond.
+extern "C" __global__ void __launch_bounds__(THREADS + WARP)
 receive(float *x, int hidden, Mailbox box, Words *words, long long bound) {
+    constexpr int AT_ONCE = 4;
+    await_previous();
     if (words->failed) return;
     await_replies(box, words, bound);
     if (*(volatile unsigned *)&words->failed) return;
-    int row = blockIdx.x;
-    float4 *out = (float4 *)(x + (long long)row * hidden);
-    for (int i = threadIdx.x; i < hidden / 4; i += THREADS) {
-        float4 total = out[i];
-        for (int shard = 0; shard < box.shards; shard++) {
-            float4 part = __ldcv((const float4 *)(box.partials + shard * box.partial_stride + (long long)row * hidden) + i);
-            total.x += part.x; total.y += part.y; total.z += part.z; total.w += part.w;
-        }
-        out[i] = total;
+    long long row = blockIdx.x;
+    if (threadIdx.x >= THREADS) {
+        if (row == 0 && threadIdx.x == THREADS) book_time(box, words);
+        return;
     }
-    if (row == 0 && threadIdx.x == 0) book_time(box, words);
+    float4 *out = (float4 *)(x + row * hidden);
+    for (int first = threadIdx.x; first < hidden / 4; first += AT_ONCE * THREADS) {
+        float4 total[AT_ONCE], part[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            if (first + i * THREADS < hidden / 4) total[i] = out[first + i * THREADS];
+        }
+        for (int shard = 0; shard < box.shards; shard++) {
+            const float4 *from = (const float4 *)(box.partials + shard * box.partial_stride + row * hidden);
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                if (first + i * THREADS < hidden / 4) part[i] = __ldcv(from + first + i * THREADS);
+            }
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                total[i].x += part[i].x, total[i].y += part[i].y, total[i].z += part[i].z, total[i].w += part[i].w;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            if (first + i * THREADS < hidden / 4) out[first + i * THREADS] = total[i];
+        }
+    }
 }
 
 // One block: wait only (before `receive`, where there are many rows, so that few blocks look at the mailbox).
 extern "C" __global__ void wait(Mailbox box, Words *words, long long bound) {
+    await_previous();
     if (words->failed) return;
     await_replies(box, words, bound);
 }

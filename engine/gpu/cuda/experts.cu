@@ -4,12 +4,17 @@
 #include "common.cuh"
 #include "routing.cuh"
 
-// logits: float32 [rows, experts], overwritten; ids int32 and weights float32 [rows, top_k]. A warp a row.
-extern "C" __global__ void route_rows(float* logits, int rows, int experts, int top_k, int normalize, float scale,
-                                      int* ids, float* weights) {
-    int row = blockIdx.x * (blockDim.x / WARP) + warp_id();
-    if (row < rows)
-        route(logits + int64(row) * experts, experts, top_k, normalize, scale, ids + row * top_k, weights + row * top_k);
+constexpr int ROUTE_THREADS = 128;
+
+// logits: float32 [rows, experts]; ids int32 and weights float32 [rows, top_k]. A block a row. Shared memory: experts
+// + 2 top_k floats.
+extern "C" __global__ void __launch_bounds__(ROUTE_THREADS)
+route_rows(const float* logits, int experts, int top_k, int normalize, float scale, int* ids, float* weights) {
+    extern __shared__ float router[];
+    await_previous();
+    int64 row = blockIdx.x;
+    for (int e = threadIdx.x; e < experts; e += ROUTE_THREADS) router[e] = logits[row * experts + e];
+    route<ROUTE_THREADS>(router, experts, top_k, normalize, scale, router + experts, ids + row * top_k, weights + row * top_k);
 }
 
 // Sort pairs (number: row * top_k + choice) by expert, ascending in each. offsets: int32 [experts + 1], where
@@ -18,6 +23,7 @@ extern "C" __global__ void route_rows(float* logits, int rows, int experts, int 
 extern "C" __global__ void __launch_bounds__(256)
 group_pairs(const int* ids, int pairs, int experts, int* offsets, int* order, int* place) {
     __shared__ int before[8], start;
+    await_previous();
     int expert = blockIdx.x, lower = 0;
     for (int i = threadIdx.x; i < pairs; i += 256) lower += ids[i] < expert;
     for (int step = WARP / 2; step; step /= 2) lower += __shfl_xor_sync(ALL_LANES, lower, step);
@@ -53,6 +59,7 @@ group_pairs(const int* ids, int pairs, int experts, int* offsets, int* order, in
 
 // out float16 [pairs, hidden]: the rows of x float32 [rows, hidden] in the pairs' order. One block a pair.
 extern "C" __global__ void gather_pairs(const float* x, const int* order, int top_k, int hidden, uint16* out) {
+    await_previous();
     const float4* source = (const float4*)(x + int64(order[blockIdx.x] / top_k) * hidden);
     uint2* target = (uint2*)(out + int64(blockIdx.x) * hidden);
     for (int i = threadIdx.x; i < hidden / 4; i += blockDim.x) {
@@ -63,6 +70,7 @@ extern "C" __global__ void gather_pairs(const float* x, const int* order, int to
 
 // out float16 [pairs, ffn] = silu(gate) * up; both: float32 [pairs, 2 ffn], gate first. One block a pair.
 extern "C" __global__ void swiglu_pairs(const float* both, int ffn, uint16* out) {
+    await_previous();
     const float* gate = both + int64(blockIdx.x) * 2 * ffn;
     for (int i = 2 * threadIdx.x; i < ffn; i += 2 * blockDim.x) {
         float2 g = *(const float2*)(gate + i), u = *(const float2*)(gate + ffn + i);
@@ -75,6 +83,7 @@ extern "C" __global__ void swiglu_pairs(const float* both, int ffn, uint16* out)
 // One block a row.
 extern "C" __global__ void combine_pairs(float* x, const float* y, const int* place, const float* weights, int top_k,
                                          int hidden) {
+    await_previous();
     int row = blockIdx.x;
     float4* out = (float4*)(x + int64(row) * hidden);
     for (int i = threadIdx.x; i < hidden / 4; i += blockDim.x) {

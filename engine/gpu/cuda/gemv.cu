@@ -11,6 +11,9 @@ constexpr int AHEAD = 2;                            // tiles to a batch that a w
 constexpr int HIGHEST = 127 * 128;                  // of the integers that stand for x
 constexpr int X_BYTES = 64;                         // of 32 numbers of x: high bytes, low bytes
 
+// Flags of a product: out += instead of out =; the next kernel reads x too, without waiting for this one.
+constexpr int ADD = 1, SHARE_X = 2;
+
 struct Product {
     const uint8* weights;
     float* out;                                     // [x rows, out_rows]
@@ -160,7 +163,7 @@ inline void multiply_block(float (&acc)[NT][2], const typename F::Tile& tile, co
 // share the columns out among themselves and add up in order. Shared memory: see Activations, then float32
 // [2][WARPS][rows][16].
 template <class F, int NT>
-__forceinline__ void multiply_rows(const Products& products, const float* x, int cols, int rows, int add) {
+__forceinline__ void multiply_rows(const Products& products, const float* x, int cols, int rows, int flags) {
     extern __shared__ __align__(16) uint8 shared[];
     int tiles = divide_up(cols, TILE_COLS), warp = warp_id(), lane = lane_id();
     int first = tiles * warp / WARPS, last = tiles * (warp + 1) / WARPS;
@@ -201,9 +204,17 @@ __forceinline__ void multiply_rows(const Products& products, const float* x, int
     };
 
     Reader<NT> reader = {x, cols, rows, 2 * last, 2 * first, 0};
-    reader.load();                                  // before the weights, which keep the memory busy
-    load(even);
-    load(odd);
+    if constexpr (OVERLAPS) {                       // the weights, which are there, before x, which may not be
+        load(even);
+        load(odd);
+        if (flags & SHARE_X) await_previous_first();
+        else await_previous();
+        reader.load();
+    } else {
+        reader.load();                              // before the weights, which keep the memory busy
+        load(even);
+        load(odd);
+    }
     reader.quantize_all(activations);
     __syncwarp();
 
@@ -235,7 +246,7 @@ __forceinline__ void multiply_rows(const Products& products, const float* x, int
 #pragma unroll
                 for (int w = 0; w < WARPS; w++) total = __fadd_rn(total, sums[w * TILE_ROWS * rows + threadIdx.x]);
                 float* to = here.place.out + int64(threadIdx.x / TILE_ROWS) * here.place.out_rows + row;
-                *to = add ? fmaf(total, F::UNIT, *to) : total * F::UNIT;
+                *to = flags & ADD ? fmaf(total, F::UNIT, *to) : total * F::UNIT;
             }
         }
         advance(here);
@@ -247,8 +258,8 @@ __forceinline__ void multiply_rows(const Products& products, const float* x, int
 }
 
 template <class F, int NT> __global__ void __launch_bounds__(THREADS, 1)
-gemv(const __grid_constant__ Products products, const float* x, int cols, int rows, int add) {
-    multiply_rows<F, NT>(products, x, cols, rows, add);
+gemv(const __grid_constant__ Products products, const float* x, int cols, int rows, int flags) {
+    multiply_rows<F, NT>(products, x, cols, rows, flags);
 }
 
 // Up to two matrices of each of many experts, which follow one another `bytes` apart.
@@ -274,6 +285,7 @@ inline Products choose(const Experts& experts, const int* ids, int pair) {
 // Grid: blocks that share a pair's groups, pairs. A pair's result does not depend on either.
 template <class F> __global__ void __launch_bounds__(THREADS, 1)
 gemv_experts(const __grid_constant__ Experts experts, const int* ids, const float* x, int per_row, int cols) {
+    await_previous();
     int pair = blockIdx.y;
     multiply_rows<F, 1>(choose(experts, ids, pair), x + int64(pair / per_row) * cols, cols, 1, 0);
 }
@@ -303,18 +315,24 @@ template <int N, int STEP = 16> inline int sum_values(float* v) {
 // weights: F [out_rows, cols]; x: float32 [rows, cols], rows <= R; out: float32 [rows, out_rows]. A block takes
 // FLOAT_ROWS weight rows; its threads share the columns out.
 template <class F, int R>
-__forceinline__ void multiply_floats(const uint8* weights, const float* x, int out_rows, int cols, int rows, float* out, int add) {
+__forceinline__ void multiply_floats(const uint8* weights, const float* x, int out_rows, int cols, int rows, float* out, int flags) {
     constexpr int VECTOR = 16 / F::SIZE, SUMS = FLOAT_ROWS * R;
     __shared__ float partial[FLOAT_WARPS][SUMS];
     int64 first = int64(blockIdx.x) * FLOAT_ROWS;
     float acc[SUMS] = {};
-    for (int col = threadIdx.x * VECTOR; col < cols; col += FLOAT_WARPS * WARP * VECTOR) {
-        uint4 raw[FLOAT_ROWS];
+    uint4 raw[FLOAT_ROWS];
+    auto load = [&](int col) {
+        if (col >= cols) return;
 #pragma unroll
         for (int i = 0; i < FLOAT_ROWS; i++) {
             int64 row = min(first + i, int64(out_rows - 1));
             raw[i] = load_once((const uint4*)(weights + (row * cols + col) * F::SIZE));
         }
+    };
+    load(threadIdx.x * VECTOR);
+    if (flags & SHARE_X) await_previous_first();
+    else await_previous();
+    for (int col = threadIdx.x * VECTOR; col < cols; col += FLOAT_WARPS * WARP * VECTOR) {
 #pragma unroll
         for (int r = 0; r < R; r++) {
             const float4* p = (const float4*)(x + int64(min(r, rows - 1)) * cols + col);
@@ -332,6 +350,7 @@ __forceinline__ void multiply_floats(const uint8* weights, const float* x, int o
                 }
             }
         }
+        load(col + FLOAT_WARPS * WARP * VECTOR);
     }
     int at = sum_values<SUMS>(acc);
     constexpr int KEPT = SUMS > WARP ? SUMS / WARP : 1;
@@ -344,18 +363,19 @@ __forceinline__ void multiply_floats(const uint8* weights, const float* x, int o
 #pragma unroll
         for (int w = 0; w < FLOAT_WARPS; w++) total = __fadd_rn(total, partial[w][threadIdx.x]);
         float* to = out + int64(r) * out_rows + first + i;
-        *to = add ? __fadd_rn(*to, total) : total;
+        *to = flags & ADD ? __fadd_rn(*to, total) : total;
     }
 }
 
 template <class F, int R> __global__ void __launch_bounds__(FLOAT_WARPS * WARP)
-gemv_floats(const uint8* weights, const float* x, int out_rows, int cols, int rows, float* out, int add) {
-    multiply_floats<F, R>(weights, x, out_rows, cols, rows, out, add);
+gemv_floats(const uint8* weights, const float* x, int out_rows, int cols, int rows, float* out, int flags) {
+    multiply_floats<F, R>(weights, x, out_rows, cols, rows, out, flags);
 }
 
 // Grid: the blocks of the wider matrix, pairs, matrices.
 template <class F> __global__ void __launch_bounds__(FLOAT_WARPS * WARP)
 gemv_experts_floats(const __grid_constant__ Experts experts, const int* ids, const float* x, int per_row, int cols) {
+    await_previous();
     int pair = blockIdx.y;
     Product mine = choose(experts, ids, pair).each[blockIdx.z];
     if (int64(blockIdx.x) * FLOAT_ROWS >= mine.out_rows) return;

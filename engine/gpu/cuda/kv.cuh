@@ -49,3 +49,18 @@ inline uint32 high_bytes(uint32 x) { return __byte_perm(x, MAGIC, 0x5352); }
 // Bits 0-3 (4-7) of both halves as float16, biased by Q4_BIAS (Q4_BIAS_HIGH).
 inline uint32 low_nibbles(uint32 x) { return (x & 0x000f000f) | MAGIC; }
 inline uint32 high_nibbles(uint32 x) { return (x & 0x00f000f0) | MAGIC_HIGH; }
+
+// Number `four` of the fours of a token's codes of block b of BLOCKS, times a scale: float16. scale: twice, as a pair.
+template <KvKind KIND, int BLOCKS> inline uint2 four_numbers(const char* codes, int four, int b, uint32 scale) {
+    uint32 x, y;
+    if constexpr (KIND == Q8_0) {
+        uint32 bytes = reinterpret_cast<const uint32*>(codes)[four * BLOCKS + b];
+        x = add_halves(low_bytes(bytes), MINUS_Q8_BIAS), y = add_halves(high_bytes(bytes), MINUS_Q8_BIAS);
+    } else {
+        uint32 bits = reinterpret_cast<const uint16*>(codes)[four * BLOCKS + b];
+        bits = (bits & 0x00ff) | (bits & 0xff00) << 8;  // 0 and 1 in the low half, 2 and 3 in the high one
+        uint32 even = add_halves(low_nibbles(bits), MINUS_Q4_BIAS), odd = add_halves(high_nibbles(bits), MINUS_Q4_BIAS_HIGH);
+        x = halves<0, 0>(even, odd), y = halves<1, 1>(even, odd);
+    }
+    return make_uint2(multiply_halves(x, scale), multiply_halves(y, scale));
+}

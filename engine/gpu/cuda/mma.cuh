@@ -74,13 +74,3 @@ inline uint32 pack(float low, float high) {
     half2 h = __floats2half2_rn(low, high);
     return *reinterpret_cast<uint32*>(&h);
 }
-inline uint32 add_halves(uint32 x, uint32 y) {
-    uint32 z;
-    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
-    return z;
-}
-inline uint32 multiply_halves(uint32 x, uint32 y) {
-    uint32 z;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
-    return z;
-}

@@ -146,6 +146,7 @@ __device__ void unpack(const uint8* packed, int64 packed_stride, int groups, int
     extern "C" __global__ void __launch_bounds__(256) unpack_##FORMAT( \
         const uint8* packed, int64 packed_stride, int groups, int blocks, int phase, int tile_bytes, int super_bytes, \
         int64 group_bytes, uint16* out, int64 out_stride, int64 row_stride) { \
+        await_previous(); \
         unpack<FORMAT>(packed, packed_stride, groups, blocks, phase, tile_bytes, super_bytes, group_bytes, out, \
                        out_stride, row_stride); \
     }

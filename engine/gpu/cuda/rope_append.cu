@@ -9,6 +9,7 @@ constexpr int PARTS = MAX_DIM / WARP;
 // A float32 angle would be off by a hundredth of a turn at a million tokens.
 extern "C" __global__ void rope_table(
     const double* frequencies, int half, double magnitude, const int* positions, int rows, float2* table) {
+    await_previous();
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= rows * half) return;
     double sine, cosine;
@@ -16,17 +17,14 @@ extern "C" __global__ void rope_table(
     table[i] = make_float2(float(cosine * magnitude), float(sine * magnitude));
 }
 
-// Element lane + 32 j of a head in x[j] -> scaled so that the mean of squares is 1, times weight.
-inline void normalize(float (&x)[PARTS], int dim, const float* weight, float eps) {
+// Element lane + 32 j of a head in x[j] -> scaled so that the mean of squares is 1, times weight, likewise.
+inline void normalize(float (&x)[PARTS], int dim, const float (&weight)[PARTS], float eps) {
     float squares = 0;
 #pragma unroll
     for (int j = 0; j < PARTS; j++) squares += x[j] * x[j];
     float scale = 1 / sqrtf(warp_sum(squares) / dim + eps);
 #pragma unroll
-    for (int j = 0; j < PARTS; j++) {
-        int e = lane_id() + WARP * j;
-        if (e < dim) x[j] = x[j] * scale * weight[e];
-    }
+    for (int j = 0; j < PARTS; j++) x[j] = x[j] * scale * weight[j];
 }
 
 // Rotates the first 2 half elements: pairs (i, i + half) in the NeoX style, else (2 i, 2 i + 1).
@@ -90,6 +88,18 @@ __global__ void __launch_bounds__(WARPS * WARP) rope_append(
     if (unit >= heads + 2 * kv_heads) return;
     bool is_query = unit < heads, is_key = !is_query && unit < heads + kv_heads;
     int head = is_query ? unit : (unit - heads) % kv_heads;
+    int position = positions[row], token = position % PAGE_TOKENS;
+    const int* pages = page_tables + int64(slots[row]) * max_pages;
+    char* keys = find_keys(layer, page_bytes, head_bytes, pages, position / PAGE_TOKENS, head);
+    const float* norm = is_query ? q_norm : is_key ? k_norm : nullptr;
+    float weight[PARTS];
+#pragma unroll
+    for (int j = 0; j < PARTS; j++) {
+        int e = lane_id() + WARP * j;
+        weight[j] = norm && e < dim ? norm[e] : 0;
+    }
+    await_previous();
+
     const float* source = is_query ? q + (int64(row) * heads + head) * dim
                                    : (is_key ? k : v) + (int64(row) * kv_heads + head) * dim;
     float x[PARTS];
@@ -98,11 +108,8 @@ __global__ void __launch_bounds__(WARPS * WARP) rope_append(
         int e = lane_id() + WARP * j;
         x[j] = e < dim ? source[e] : 0;
     }
-    if (is_query || is_key) {
-        const float* norm = is_query ? q_norm : k_norm;
-        if (norm) normalize(x, dim, norm, eps);
-        rotate(x, dim, table + int64(row) * half, half, neox, staged[warp_id()]);
-    }
+    if (norm) normalize(x, dim, weight, eps);
+    if (is_query || is_key) rotate(x, dim, table + int64(row) * half, half, neox, staged[warp_id()]);
     if (is_query) {
         float* out = q + (int64(row) * heads + head) * dim;
 #pragma unroll
@@ -112,9 +119,6 @@ __global__ void __launch_bounds__(WARPS * WARP) rope_append(
         }
         return;
     }
-    int position = positions[row], token = position % PAGE_TOKENS;
-    const int* pages = page_tables + int64(slots[row]) * max_pages;
-    char* keys = find_keys(layer, page_bytes, head_bytes, pages, position / PAGE_TOKENS, head);
     if (is_key) append<KEYS>(keys, token, dim, x);
     else append<VALUES>(keys + key_bytes, token, dim, x);
 }

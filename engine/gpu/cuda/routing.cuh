@@ -2,42 +2,36 @@
 #pragma once
 #include "common.cuh"
 
-// The larger of two logits, the lower number of equals.
-inline void best_of(float &x, int &i, float other, int j) {
-    if (other > x || (other == x && j < i)) { x = other; i = j; }
-}
-
-// One warp: the top_k experts by logit, highest first, and their weights: softmax over all experts, or
-// over the chosen ones (normalize), times scale. As engine/experts/exchange.py route_softmax.
-inline void route(float *logits, int experts, int top_k, int normalize, float scale, int *ids, float *weights) {
-    int lane = threadIdx.x % 32;
-    float largest = 0, total = 0, mine = 0;
-    int chosen = 0;
-    for (int choice = 0; choice < top_k; choice++) {
-        float x = -INFINITY;
-        int best = 0x7fffffff;
-        for (int e = lane; e < experts; e += 32) best_of(x, best, logits[e], e);
-        for (int step = 16; step; step /= 2)
-            best_of(x, best, __shfl_xor_sync(~0u, x, step), __shfl_xor_sync(~0u, best, step));
-        if (best == 0x7fffffff) best = choice;  // nothing but NaN: any expert that exists
-        if (choice == 0) {
-            largest = x;
-            if (!normalize) {
-                for (int e = lane; e < experts; e += 32) total += expf(logits[e] - largest);
-                for (int step = 16; step; step /= 2) total += __shfl_xor_sync(~0u, total, step);
-            }
-            __syncwarp();
-        }
-        float weight = expf(x - largest);
-        if (normalize) total += weight;
-        if (lane == choice % 32) { mine = weight; chosen = best; }
-        if (lane == 0) logits[best] = -INFINITY;
-        __syncwarp();
-        // Write a full warp's worth, or the last few, when they are there.
-        if (choice % 32 == 31 || choice == top_k - 1) {
-            if (lane <= choice % 32) { ids[choice / 32 * 32 + lane] = chosen; weights[choice / 32 * 32 + lane] = mine; }
-        }
+// A block of THREADS: the top_k experts by logit, highest first and the lower number of equals, and their
+// weights: softmax over all experts, or over the chosen ones (normalize), times scale. NaN counts as the lowest.
+// As engine/experts/exchange.py route_softmax. logits: shared [experts], from any thread; space: shared [2 top_k].
+template <int THREADS>
+inline void route(float* logits, int experts, int top_k, int normalize, float scale, float* space, int* ids, float* weights) {
+    for (int e = threadIdx.x; e < experts; e += THREADS) {
+        if (logits[e] != logits[e]) logits[e] = -INFINITY;
     }
+    __syncthreads();
+    float *chosen = space, *exponentials = space + top_k;
+    constexpr int TEAM = 8;  // lanes that find together how many come before an expert
+    for (int base = 0; base < experts; base += THREADS / TEAM) {
+        int e = base + threadIdx.x / TEAM, rank = 0;
+        float mine = e < experts ? logits[e] : 0;
+        for (int other = threadIdx.x % TEAM; other < experts; other += TEAM)
+            rank += logits[other] > mine || (logits[other] == mine && other < e);
+#pragma unroll
+        for (int step = 1; step < TEAM; step *= 2) rank += __shfl_xor_sync(ALL_LANES, rank, step);
+        if (e < experts && rank < top_k && threadIdx.x % TEAM == 0) ids[rank] = e, chosen[rank] = mine;
+    }
+    __syncthreads();
+    if (warp_id() > 0) return;
+    float total = 0;
+    for (int i = lane_id(); i < top_k; i += WARP) exponentials[i] = expf(chosen[i] - chosen[0]);
     __syncwarp();
-    for (int choice = lane; choice < top_k; choice += 32) weights[choice] = weights[choice] / total * scale;
+    if (normalize) {
+        for (int i = 0; i < top_k; i++) total += exponentials[i];
+    } else {
+        for (int e = lane_id(); e < experts; e += WARP) total += expf(logits[e] - chosen[0]);
+        total = warp_sum(total);
+    }
+    for (int i = lane_id(); i < top_k; i += WARP) weights[i] = exponentials[i] / total * scale;
 }

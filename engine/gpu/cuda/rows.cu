@@ -6,6 +6,7 @@ constexpr int THREADS = 512, ARGMAX_THREADS = WARP * WARP, ARGMAX_LOADS = 8;
 // out = x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019); out may be x.
 extern "C" __global__ void __launch_bounds__(THREADS)
 rms_norm(const float* x, const float* weight, float eps, int cols, float* out) {
+    await_previous();
     const float4* row = (const float4*)(x + int64(blockIdx.x) * cols);
     float4* to = (float4*)(out + int64(blockIdx.x) * cols);
     float squares = 0;
@@ -24,6 +25,7 @@ inline float silu(float x) { return x / (1.0f + expf(-x)); }
 
 // out = silu(gate) * up (Shazeer 2020), `count` numbers; out may be gate or up. One thread for four of them.
 extern "C" __global__ void __launch_bounds__(THREADS) swiglu(const float* gate, const float* up, int64 count, float* out) {
+    await_previous();
     int64 i = int64(blockIdx.x) * THREADS + threadIdx.x;
     if (4 * i >= count) return;
     float4 g = ((const float4*)gate)[i], u = ((const float4*)up)[i];
@@ -32,6 +34,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) swiglu(const float* gate, 
 
 // out[i] = x[indices[i]].
 extern "C" __global__ void __launch_bounds__(THREADS) gather(const float* x, const int* indices, int cols, float* out) {
+    await_previous();
     const float4* row = (const float4*)(x + int64(indices[blockIdx.x]) * cols);
     for (int i = threadIdx.x; i < cols / 4; i += THREADS) ((float4*)(out + int64(blockIdx.x) * cols))[i] = row[i];
 }
@@ -54,6 +57,7 @@ extern "C" __global__ void __launch_bounds__(ARGMAX_THREADS)
 argmax(const float* logits, int cols, int* ids_out, float* largest) {
     __shared__ float values[ARGMAX_THREADS / WARP];
     __shared__ int ids[ARGMAX_THREADS / WARP];
+    await_previous();
     const float* row = logits + int64(blockIdx.x) * cols;
     float value = -INFINITY;
     int id = 0x7fffffff, bad = 0;
@@ -106,6 +110,7 @@ shortlist(const float* logits, int cols, int* counts, int* ids, float* values, d
     __shared__ float highest[ARGMAX_THREADS];
     __shared__ double sums[ARGMAX_THREADS / WARP];
     __shared__ int count;
+    await_previous();
     const float* row = logits + int64(blockIdx.x) * cols;
     float mine = -INFINITY;
 #pragma unroll 8

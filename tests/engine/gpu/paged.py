@@ -79,7 +79,7 @@ class Sequences:
             self.tables[slot, :count], pages = pages[:count], pages[count:]
         self.pool = GpuKvPool(config, sum(counts) + 3, kind)
         self.pool.data.fill(0xFF)
-        self.attention = GpuAttention(config, self.pool, max_rows, self.tables.shape[1])
+        self.attention = GpuAttention(config, self.pool, max_rows, *self.tables.shape)
         self.device_tables = cupy.asarray(self.tables)
 
     def fill(self, slot: int, length: int, rng: np.random.Generator, *, layer: int = 1, loud: float = 1.0) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
 from numoe.engine.gpu.kv_pool import GPU_KV_TYPES
 from numoe.engine.models.reference import rotate
+from numoe.engine.scheduler import Batch
 from numoe.engine.worker.kv_pool import KvType
 from tests.engine.gpu.paged import Sequences, model, nmse, softmax_attention
 
@@ -118,6 +121,31 @@ def test_prefill_equals_float64(shape: tuple[int, int, int], kind: KvType) -> No
 @pytest.mark.parametrize("count", [17, 33, 200, 700])
 def test_prefill_of_one_chunk_equals_float64(start: int, count: int) -> None:
     check("prefill", (8, 2, 128), KvType(), [(0, start + i) for i in range(count)], [start + count])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [KvType(*kinds) for kinds in itertools.product(GPU_KV_TYPES, repeat=2)], ids=name_of)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_prefill_of_pages_made_float16_first_equals_float64(dim: int, kind: KvType) -> None:
+    """Enough rows of two prompts that their pages are converted, behind one row that decodes."""
+    rng, lengths, starts = np.random.default_rng(3), [300, 600, 90], [299, 400, 0]
+    capacities = [300, 1700, 90]  # as many pages as a context has are there for those of the prompts together
+    rows = [(slot, position) for slot in range(3) for position in range(starts[slot], lengths[slot])]
+    sequences = Sequences(model(8, 2, dim), capacities, kind, max_rows=len(rows))
+    for slot, length in enumerate(lengths):
+        sequences.fill(slot, length, rng)
+    q = rng.standard_normal((len(rows), 8, dim)).astype(np.float32)
+    slots, positions = (np.array(column, np.int32) for column in zip(*rows, strict=True))
+    batch = Batch(np.zeros_like(slots), positions, slots, np.zeros(0, np.int32), sequences.tables)
+    sequences.attention.plan(batch, 1)
+    assert bool(sequences.attention._widened) == (kind != KvType())
+    found = sequences.attend("prefill", q[1:], rows[1:])
+    for row in range(1, len(rows), 7):
+        keys, values = (part[: positions[row] + 1] for part in sequences.tokens(slots[row], lengths[slots[row]]))
+        assert nmse(found[row - 1], softmax_attention(q[row], keys, values)) <= CLOSE, row
+    few = (part[:20] for part in (batch.token_ids, positions, slots))
+    sequences.attention.plan(Batch(*few, batch.logit_rows, sequences.tables), 1)
+    assert not sequences.attention._widened
 
 
 @pytest.mark.gpu
