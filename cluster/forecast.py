@@ -59,7 +59,8 @@ def forecast(
         free = free_memory - plan.shared_bytes - plan.dense_bytes
 
     def page_bytes(kind: KvType) -> int:
-        return pool.nbytes(config, 1, kind) + (widened_bytes(config, kind, 1) if plan.gpu else 0)
+        """Of each of the slots a page, and what one of them needs to be read as float16."""
+        return pool.nbytes(config, 1, kind) + (widened_bytes(config, kind, 1) // plan.slots if plan.gpu else 0)
 
     return Forecast(
         dense_bytes=dense,

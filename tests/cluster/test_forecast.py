@@ -57,7 +57,11 @@ def test_the_context_that_fits_fits(model: Path, gpu: Device | None) -> None:
     per_token = found.kv_bytes / plan.context
     free = (8 << 30) - plan.dense_bytes - (plan.work_bytes + GPU_RESERVE if gpu else plan.shared_bytes)
     assert 0 <= free - found.context_tokens["f16"] * per_token < 256 * per_token
-    assert found.context_tokens["q8_0"] > 1.8 * found.context_tokens["f16"]
+    with GgufFile.open(model) as gguf:
+        layers = ModelConfig.from_gguf(gguf).n_layers
+    # While a prompt is read on a GPU, one layer of one slot's pages is there as float16 too.
+    share = 34 / 64 + (1 / (layers * plan.slots) if gpu else 0)
+    assert found.context_tokens["q8_0"] == pytest.approx(found.context_tokens["f16"] / share, rel=0.01)
 
 
 def test_experts_on_the_gpu_are_read_at_its_bandwidth(model: Path) -> None:
