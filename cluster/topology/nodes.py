@@ -65,6 +65,8 @@ def read_nodes(
     for number in numbers:
         folder = f"{_NODES}/node{number}"
         meminfo = {key.split()[-1]: value for key, value in tree.fields(f"{folder}/meminfo").items()}
+        if len(numbers) == 1:  # its file may not tell of memory that was added while the host ran
+            meminfo = max(meminfo, tree.fields("/proc/meminfo"), key=lambda lines: _bytes(lines, "MemTotal"))
         node = _node(tree, number, tree.cpus(f"{folder}/cpulist") or (), allowed, meminfo)
         distances = [int(word) for word in (tree.text(f"{folder}/distance") or "").split()]
         nodes.append(

@@ -61,7 +61,7 @@ def test_the_context_that_fits_fits(model: Path, gpu: Device | None) -> None:
         layers = ModelConfig.from_gguf(gguf).n_layers
     # While a prompt is read on a GPU, one layer of one slot's pages is there as float16 too.
     share = 34 / 64 + (1 / (layers * plan.slots) if gpu else 0)
-    assert found.context_tokens["q8_0"] == pytest.approx(found.context_tokens["f16"] / share, rel=0.01)
+    assert found.context_tokens["q8_0"] == pytest.approx(found.context_tokens["f16"] / share, rel=0.05)
 
 
 def test_experts_on_the_gpu_are_read_at_its_bandwidth(model: Path) -> None:

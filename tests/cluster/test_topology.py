@@ -231,6 +231,14 @@ def test_a_kernel_without_numa_is_one_node(tmp_path: Path) -> None:
     assert node.hugepages[0] == HugePages(2 << 20, 5, 4)
 
 
+def test_a_lone_node_has_all_memory(tmp_path: Path) -> None:
+    """Its own file tells of what was there when the host started."""
+    write(tmp_path, "/sys/devices/system/node/node0/cpulist", "0-1")
+    write(tmp_path, "/sys/devices/system/node/node0/meminfo", hosts.meminfo(8, "Node 0 "))
+    write(tmp_path, "/proc/meminfo", hosts.meminfo(24))
+    assert [node.memory_bytes for node in Topology.read(tmp_path).nodes] == [24 * GIB]
+
+
 def test_a_host_that_tells_nothing_has_one_node(tmp_path: Path) -> None:
     assert Topology.read(tmp_path).nodes == (NumaNode(id=0, cores=((0,),), online_cpus=(0,), distances={0: 10}),)
 
