@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,7 +43,7 @@ from numoe.engine.models.config import ModelConfig
 from numoe.engine.progress import Progress
 from numoe.engine.sampling import HostLogits, StepLogits
 from numoe.engine.scheduler import Batch
-from numoe.engine.worker.options import ForwardOptions
+from numoe.engine.worker.options import ForwardOptions, nothing
 
 if TYPE_CHECKING:
     import cupy as cp
@@ -126,12 +126,8 @@ class GpuForward:
 
     # --- running ----------------------------------------------------------------------------------
 
-    def run(self, batch: Batch) -> StepLogits:
-        """The logits [len(batch.logit_rows), vocab] of a batch; its rows go to the KV pool.
-
-        They are good until the next call. LateShardError names a shard that did not answer; the
-        batch may then be run again.
-        """
+    def run(self, batch: Batch, meanwhile: Callable[[], None] = nothing) -> StepLogits:
+        """As `Forward.run`."""
         if self._mailbox is not None:
             self._mailbox.await_replies(self.options.shard_bound_s)
         start, rows = time.perf_counter(), len(batch.token_ids)
@@ -148,7 +144,10 @@ class GpuForward:
             self._copy_words()
             if self._mailbox is not None:
                 self._mailbox.wake_shards()  # while the first layer's attention runs
-            self._await_end(rows, start)
+            try:
+                meanwhile()
+            finally:
+                self._await_end(rows, start)
         self._check_answered()
         if rows <= GRAPH_ROWS:
             logits: StepLogits = self._logits.of_rows(batch.logit_rows)

@@ -58,6 +58,7 @@ class Engine:
         self.slots = SlotOperations(scheduler, self._changed, self._caching, emit)
         self._stepping = False
         self._written: list[int] = []  # pages, by the step under way
+        self._unsent: list[Event] = []
         self._stopping = False
         self._overtaken: dict[str, FinishReason] = {}
         self._submitted: dict[str, None] = {}
@@ -129,36 +130,39 @@ class Engine:
         while True:
             with self._changed:
                 while not self._stopping and not self._scheduler.has_work:
-                    self._send(self._scheduler.drain_events())
+                    self._send()
                     self._caching.collect()
                     self._changed.wait()
                 if self._stopping:
                     break
                 batch = self._scheduler.schedule(time.time())
                 self._caching.collect(starved=self._scheduler.starved)
-                events = self._scheduler.drain_events()
+                self._unsent += self._scheduler.drain_events()
                 self._stepping = batch is not None
                 if batch is not None:
                     self._written = self._scheduler.ledger.keep_written(batch)
                 else:  # until something is found, loaded or saved, or a deadline may have come
-                    self._send(events)
+                    self._send()
                     self._changed.wait(_DEADLINES_S)
                     continue
             try:
-                self._send(events)
-                events = self._step(batch)
+                self._step(batch)
             finally:  # `stop` waits for this, whatever went wrong
                 with self._changed:
                     self._stepping = False
                     self._changed.notify_all()
-            self._send(events)
-        self._send(self._scheduler.drain_events())
+        self._send()
 
-    def _send(self, events: list[Event]) -> None:
+    def _send(self) -> None:
+        """Emit what has happened since the last time; the steps' thread alone does that."""
+        events, self._unsent = self._unsent, []
+        with self._changed:
+            events += self._scheduler.drain_events()
         if events:
             self._emit(events)
 
-    def _step(self, batch: Batch) -> list[Event]:
+    def _step(self, batch: Batch) -> None:
+        """Run a batch, and send meanwhile what the step before has given."""
         start = time.perf_counter()
         try:
             try:
@@ -167,15 +171,14 @@ class Engine:
                 with self._changed:
                     self._scheduler.ledger.give_back(self._written)
             if done is None:
-                with self._changed:
-                    return self._scheduler.drain_events()
+                return
             batch, logits = done
             sampling = time.perf_counter()
             sampled = self._scheduler.sample(batch, logits)
         except NumoeError as error:
             with self._changed:
                 self._scheduler.fail_all(str(error), "unavailable" if isinstance(error, UnavailableError) else "error")
-                return self._scheduler.drain_events()
+                return
         end = time.perf_counter()
         with self._changed:
             self._scheduler.postprocess(batch, sampled)
@@ -184,7 +187,6 @@ class Engine:
                 "sampling": 1e3 * (end - sampling),
                 "total": 1e3 * (end - start),
             }
-            return self._scheduler.drain_events()
 
     def _run(self, batch: Batch) -> tuple[Batch, StepLogits] | None:
         """The logits of a batch, and what of it was still wanted; None if nothing was.
@@ -194,15 +196,14 @@ class Engine:
         until = time.monotonic() + _RETURN_S
         while True:
             try:
-                return batch, self._forward.run(batch)
+                return batch, self._forward.run(batch, self._send)
             except LateShardError as error:
                 logger.warning("%s; the step is run again", error)
                 with self._changed:
                     if self._stopping or time.monotonic() > until:
                         raise
                     left = self._scheduler.again(batch)
-                    events = self._scheduler.drain_events()
-            self._send(events)
+            self._send()
             if left is None:
                 return None
             batch = left

@@ -7,6 +7,7 @@ that want them). Routed experts are reached through the mailbox.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ from numoe.engine.scheduler import Batch
 from numoe.engine.weights import WeightSlice
 from numoe.engine.worker.buffers import Rows
 from numoe.engine.worker.kv_pool import KvPool
-from numoe.engine.worker.options import ForwardOptions
+from numoe.engine.worker.options import ForwardOptions, nothing
 from numoe.engine.worker.pages import CpuPages
 from numoe.engine.worker.weights import DenseWeights, PackedMatrix
 
@@ -82,12 +83,9 @@ class CpuForward:
 
     # --- running ----------------------------------------------------------------------------------
 
-    def run(self, batch: Batch) -> HostLogits:
-        """The logits [len(batch.logit_rows), vocab] of a batch; its rows go to the KV pool.
-
-        They are good until the next call. LateShardError names a shard that did not
-        answer; the batch may then be run again.
-        """
+    def run(self, batch: Batch, meanwhile: Callable[[], None] = nothing) -> HostLogits:
+        """As `Forward.run`."""
+        meanwhile()
         if self._mailbox is not None and not self._is_answered:
             self._mailbox.await_replies(self.options.shard_bound_s)
         self._is_answered = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -53,6 +53,10 @@ class ForwardOptions:
     cpus: tuple[int, ...] = ()
 
 
+def nothing() -> None:
+    """What there is to do meanwhile if there is nothing to do."""
+
+
 class Forward(Protocol):
     """A forward pass: `CpuForward` or `GpuForward`."""
 
@@ -63,11 +67,11 @@ class Forward(Protocol):
     def pages(self) -> PagePort:
         """The way to the KV pages, for the prompt cache."""
 
-    def run(self, batch: Batch) -> StepLogits:
+    def run(self, batch: Batch, meanwhile: Callable[[], None] = nothing) -> StepLogits:
         """The logits [len(batch.logit_rows), vocab] of a batch; its rows go to the KV pool.
 
-        They are good until the next call. LateShardError names a shard that did not
-        answer; the batch may then be run again.
+        They are good until the next call. meanwhile: called once, while the step is under way if a device
+        computes it, else before. LateShardError names a shard that did not answer; the batch may then be run again.
         """
 
     def attach_experts(self, folder: Path) -> None:

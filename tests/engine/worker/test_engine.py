@@ -15,6 +15,7 @@ from numoe.engine.requests import Finished, GenerationRequest, PrefillProgress, 
 from numoe.engine.sampling import HostLogits
 from numoe.engine.scheduler import Scheduler, SchedulerConfig
 from numoe.engine.worker.engine import Engine
+from numoe.engine.worker.options import nothing
 
 VOCAB, CONTEXT, PATIENCE_S = 50, 40, 10.0
 
@@ -45,9 +46,10 @@ class CountingForward:
         self.entered, self.gate = threading.Semaphore(0), threading.Event()
         self.gate.set()
 
-    def run(self, batch):
+    def run(self, batch, meanwhile=nothing):
         self.steps += 1
         self.entered.release()
+        meanwhile()
         assert self.gate.wait(PATIENCE_S)
         if self.errors:
             raise self.errors.pop()
@@ -161,6 +163,24 @@ def test_events_come_out_in_order_and_once(loop):
         TokenGenerated("a", 8),
     ]
     assert (finished.reason, finished.completion_tokens) == ("length", 3)
+
+
+def test_a_token_is_sent_while_the_next_step_is_under_way(make):
+    """Not between the two, where a device would wait for it."""
+    loop, seen = make(), []
+    run = loop.forward.run
+
+    def counted(batch, meanwhile):
+        seen.append(len(loop.out.tokens("a")))
+        logits = run(batch, meanwhile)
+        seen.append(len(loop.out.tokens("a")))
+        return logits
+
+    loop.forward.run = counted
+    loop.engine.submit(request(prompt=[1], max_tokens=3))
+    loop.start()
+    loop.out.wait_for("a")
+    assert seen == [0, 0, 0, 1, 1, 2]
 
 
 def test_a_step_is_one_message_for_all_requests(make):
