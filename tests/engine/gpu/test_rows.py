@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from numoe.engine.gpu import rows as ops
-from numoe.engine.sampling import Shortlist
 
 pytestmark = pytest.mark.gpu
 ROWS = (1, 2, 16, 17, 33)
@@ -73,52 +72,3 @@ def test_gather() -> None:
     ops.gather(cupy.asarray(x), cupy.asarray(indices), out, 4)
     assert np.array_equal(out.get(), np.concatenate([x[indices], np.zeros((1, 96), np.float32)]))
     ops.gather(cupy.asarray(x), cupy.asarray(indices), out, 0)
-
-
-@pytest.mark.parametrize("cols", [1, 31, 288, 50257, 151936])
-def test_argmax(cols: int) -> None:
-    import cupy
-
-    for rows in (1, 16):
-        logits = normal(cols, rows, cols)
-        logits[0] = np.round(logits[0])  # many equals: the lowest id counts
-        logits[-1, cols // 2] = np.inf
-        ids, largest = cupy.full(rows, -1, np.int32), cupy.zeros(rows, np.float32)
-        ops.argmax(cupy.asarray(logits), ids, largest, rows)
-        assert np.array_equal(ids.get(), logits.argmax(axis=1))
-        assert np.array_equal(largest.get(), logits.max(axis=1))
-
-
-def test_argmax_of_nothing_useful() -> None:
-    import cupy
-
-    logits = np.array([[np.nan, np.nan], [-np.inf, -np.inf], [np.nan, -3]], np.float32)
-    ids, largest = cupy.full(3, -1, np.int32), cupy.zeros(3, np.float32)
-    ops.argmax(cupy.asarray(logits), ids, largest, 3)
-    assert ids.get().tolist() == [0, 0, 1]
-    assert np.array_equal(largest.get(), [np.nan, -np.inf, np.nan], equal_nan=True)
-
-
-@pytest.mark.parametrize("cols", [1, 31, 1500, 151936])
-def test_shortlist(cols: int) -> None:
-    import cupy
-
-    rows = 16
-    logits = normal(cols, rows, cols) * 4
-    logits[1] = np.round(logits[1])
-    logits[2] = 0
-    logits[3, : cols // 2] = -np.inf
-    counts, totals = cupy.zeros(rows, np.int32), cupy.zeros(rows, np.float64)
-    ids, values = cupy.full((rows, ops.MOST_LISTED), -1, np.int32), cupy.zeros((rows, ops.MOST_LISTED), np.float32)
-    ops.shortlist(cupy.asarray(logits), counts, ids, values, totals, rows)
-    for row, count in enumerate(counts.get()):
-        assert count >= min(cols, 256)
-        wide = logits[row].astype(np.float64)
-        np.testing.assert_allclose(totals.get()[row], np.exp(wide - wide.max()).sum(), rtol=Shortlist.TOLERANCE / 2)
-        if count > ops.MOST_LISTED:
-            assert row in (1, 2, 3)
-            continue
-        found = np.sort(ids.get()[row, :count])
-        least = logits[row, found].min()
-        assert np.array_equal(found, np.flatnonzero(logits[row] >= least))
-        assert np.array_equal(values.get()[row, :count], logits[row, ids.get()[row, :count]])
