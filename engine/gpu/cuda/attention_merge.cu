@@ -16,13 +16,14 @@ extern "C" __global__ void __launch_bounds__(MAX_WARPS * WARP) merge(
     int64 head = int64(row) * gridDim.x + blockIdx.x;
     await_previous();
 
-    // The first parts are under way while it is found out how much each counts: every warp does that for itself.
+    // The first parts are under way while it is found out how much each counts: every warp does that for itself. Of
+    // prefill's, some that do not count were never written.
     int lanes = dim <= 128 ? 32 : 64, column = thread % lanes, group = thread / lanes, groups = blockDim.x / lanes;
     const float4* part = reinterpret_cast<const float4*>(parts + head * splits * dim) + min(column, dim / 4 - 1);
     float4 first[AT_ONCE];
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
-        if (group + i * groups < used) first[i] = part[(group + i * groups) * (dim / 4)];
+        if (tiles && group + i * groups < used) first[i] = part[(group + i * groups) * (dim / 4)];
     }
     float2 mine[MOST];
     float reference = -INFINITY, total = 0;
@@ -51,14 +52,16 @@ extern "C" __global__ void __launch_bounds__(MAX_WARPS * WARP) merge(
         return weight;
     };
     auto add = [&](float weight, float4 x) {
-        if (weight == 0) return;  // prefill's part may never have been written
         sum.x += weight * x.x, sum.y += weight * x.y, sum.z += weight * x.z, sum.w += weight * x.w;
     };
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
-        if (group + i * groups < used) add(weight_of(group + i * groups), first[i]);
+        if (tiles && group + i * groups < used) add(weight_of(group + i * groups), first[i]);
     }
-    for (int i = group + AT_ONCE * groups; i < used; i += groups) add(weight_of(i), part[i * (dim / 4)]);
+    for (int i = group + (tiles ? AT_ONCE * groups : 0); i < used; i += groups) {
+        float weight = weight_of(i);
+        if (weight != 0) add(weight, part[i * (dim / 4)]);
+    }
     sums[thread] = sum;
     __syncthreads();
     if (thread >= lanes || 4 * column >= dim) return;
