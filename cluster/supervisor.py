@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,7 +61,7 @@ class Supervisor:
     def __init__(
         self, instance: str, plan: Plan, classes: ActorClasses, endpoint: Endpoint | None, *, keep_weights: bool = False
     ) -> None:
-        self._plan, self._endpoint, self._keep_weights = plan, endpoint, keep_weights
+        self._plan, self._endpoint = plan, endpoint
         self._bandwidth: dict[int, float] | None = None
         self._outcome, self._stopping = _Outcome(), threading.Lock()
         self._folder = shm.ROOT / instance
@@ -70,6 +71,7 @@ class Supervisor:
             self._take_over()
         else:
             shm.create_folder(instance)
+            self._assembly.keep_weights = keep_weights
             self._assembly.save()
 
     # --- bringing up ------------------------------------------------------------------------------
@@ -94,7 +96,7 @@ class Supervisor:
             self._outcome.ended.set()
             return
         lost = self._assembly.take_over(record)
-        if record.phase != "running":
+        if record.phase not in ("running", "draining"):
             why = "" if record.phase == "stopping" else "the supervisor died while the server was starting"
             threading.Thread(target=self._take_down, args=(why,), name="numoe-down", daemon=True).start()
             return
@@ -102,6 +104,8 @@ class Supervisor:
         for member in lost:
             self._replace_soon(member, "was lost with the supervisor")
         threading.Thread(target=self._watch, name="numoe-watch", daemon=True).start()
+        if record.phase == "draining":
+            self._drain_soon()
 
     # --- looking ----------------------------------------------------------------------------------
 
@@ -117,7 +121,7 @@ class Supervisor:
 
     def actors(self) -> list[ActorInfo]:
         """Every process of the server, this one included."""
-        state: ActorState = "draining" if self._stopping.locked() else "running"
+        state: ActorState = "draining" if self._assembly.phase in ("draining", "stopping") else "running"
         own = ActorInfo(
             role="supervisor", pid=os.getpid(), host=socket.gethostname(), state=state,
             restarts=self._assembly.supervisors,
@@ -192,6 +196,8 @@ class Supervisor:
             quiet = quiet + _LOOK_S if all(m.state == "running" for m in members) and not ended else 0.0
             if quiet >= _SPARES_AFTER_S and self._endpoint is not None:
                 self._placing.keep_spares()
+            if self._assembly.unsaved:
+                self._assembly.save()
             if self._assembly.is_apart:
                 threading.Thread(target=self._assembly.join, name="numoe-join", daemon=True).start()
 
@@ -231,17 +237,27 @@ class Supervisor:
     def shutdown(self, deadline_s: float, *, keep_weights: bool = False) -> None:
         """Let running requests finish for `deadline_s` seconds, then take everything down; returns at once.
 
-        keep_weights: leave them in shared memory for the next server of this model.
+        keep_weights: leave them in shared memory for the next server of this model. Told twice, the earlier end
+        counts, and weights stay if either said so. What was told is remembered, should the supervisor be replaced.
         """
-        self._keep_weights |= keep_weights
-        threading.Thread(target=self._drain, args=(deadline_s,), name="numoe-drain", daemon=True).start()
+        assembly, until = self._assembly, time.time() + deadline_s
+        assembly.keep_weights |= keep_weights
+        if assembly.phase != "stopping":
+            assembly.drain_until = min(until, assembly.drain_until) if assembly.phase == "draining" else until
+            assembly.phase = "draining"
+        assembly.save()
+        self._drain_soon()
 
-    def _drain(self, deadline_s: float) -> None:
+    def _drain_soon(self) -> None:
+        threading.Thread(target=self._drain, name="numoe-drain", daemon=True).start()
+
+    def _drain(self) -> None:
+        left_s = max(0.0, self._assembly.drain_until - time.time())
         for gateway in self._assembly.of("gateway"):
             if gateway.state != "running":
                 continue
             with contextlib.suppress(RayError, GetTimeoutError):
-                ray.get(gateway.handle.drain.remote(deadline_s), timeout=deadline_s + _CALL_TIMEOUT_S)
+                ray.get(gateway.handle.drain.remote(left_s), timeout=left_s + _CALL_TIMEOUT_S)
         self._take_down("")
 
     def _take_down(self, message: str) -> None:
@@ -249,8 +265,7 @@ class Supervisor:
             return
         self._outcome.message, self._assembly.phase = message, "stopping"
         members = self._assembly.members
-        with contextlib.suppress(OSError):
-            self._assembly.save()
+        self._assembly.save()
         for member in reversed(members):
             with contextlib.suppress(RayError, GetTimeoutError):
                 if member.handle is None:
@@ -273,7 +288,7 @@ class Supervisor:
         """Remove what is in shared memory, but weights that another server uses or that shall stay."""
         for weights in self._assembly.weights:
             weights.close()
-        if not self._keep_weights:
+        if not self._assembly.keep_weights:
             end_processes(member.pid for member in self._assembly.members if member.is_local)
             free_weights(self._folder)
         sweep_incomplete()  # of a load that was interrupted

@@ -218,6 +218,7 @@ class Server:
         """End the server's processes on this host without Ray's help, and free their memory."""
         record = ServerRecord.load(shm.ROOT / self.instance)
         if record is not None:
+            self._keep_weights |= record.keep_weights  # `numoe stop --keep-weights` has told the supervisor
             everyone = [(record.pid, record.host), *((member.pid, member.host) for member in record.members)]
             end_processes(pid for pid, host in everyone if is_local(pid, host))
         self._remove_memory()

@@ -59,8 +59,12 @@ def write_private(path: Path, content: bytes) -> None:
 def replace_private(path: Path, content: bytes) -> None:
     """As `write_private`, but whoever reads the file meanwhile finds what was there before."""
     staged = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    write_private(staged, content)
-    staged.rename(path)
+    try:
+        write_private(staged, content)
+        staged.rename(path)
+    except OSError:
+        staged.unlink(missing_ok=True)
+        raise
 
 
 def read_secret(path: Path) -> tuple[bytes, Stamp]:

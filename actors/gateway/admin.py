@@ -84,8 +84,8 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             deadline_s = violations.duration("drain_deadline", request.drain_deadline)
         violations.raise_if_any()
         streams = len(self._streams)
-        await self._lifecycle.set_draining()
         await self._engine.shutdown(deadline_s, keep_weights=request.keep_weights)
+        await self._lifecycle.set_draining()  # only now: who is not being stopped goes on serving
         return pb.ShutdownResponse(streams=streams)
 
 
