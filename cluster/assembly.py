@@ -24,6 +24,7 @@ from numoe.cluster.placing import Placing
 from numoe.cluster.plan import Plan
 from numoe.cluster.status import ActorRole
 from numoe.engine.errors import UnavailableError
+from numoe.engine.private import remove_staged
 from numoe.engine.shm import adopt_folder
 from numoe.engine.weights import CachedPages, WeightSlice, hold_weights, is_loaded, sweep_incomplete
 
@@ -92,6 +93,7 @@ class Assembly:
 
     def take_over(self, record: ServerRecord) -> list[Member]:
         """Go on where another supervisor has died; the members that have to be replaced."""
+        remove_staged(self._folder)  # only supervisors write there
         self._placing.take_over()
         self.address, self.phase, self.supervisors = record.address, record.phase, record.restarts + 1
         self.keep_weights, self.drain_until = record.keep_weights, record.drain_until

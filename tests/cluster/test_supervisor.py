@@ -166,7 +166,10 @@ def test_no_connection_has_the_number_of_one_before(fake: FakeRay) -> None:
 
 def test_a_gateway_is_told_to_serve_should_the_supervisor_have_died_before(fake: FakeRay) -> None:
     start(fake)
+    unfinished = shm.ROOT / INSTANCE / ".server.0123"
+    unfinished.touch()
     second = start(fake, again=True)
+    assert not unfinished.exists()
     assert len(fake.of("gateway")[0].called("serve")) == 2
     second.shutdown(0.0)
     assert second.wait() == ""
