@@ -62,7 +62,7 @@ class Supervisor:
         self, instance: str, plan: Plan, classes: ActorClasses, endpoint: Endpoint | None, *, keep_weights: bool = False
     ) -> None:
         self._plan, self._endpoint = plan, endpoint
-        self._bandwidth: dict[int, float] | None = None
+        self._bandwidth: dict[int, float] = {}
         self._outcome, self._stopping = _Outcome(), threading.Lock()
         self._folder = shm.ROOT / instance
         self._placing = Placing(instance, plan, classes, str(self._folder))
@@ -151,12 +151,10 @@ class Supervisor:
         """With the share of what the cores of its nodes can read, as far as that was measured on this host."""
         if placement.read_bytes_s is None:
             return placement
-        if self._bandwidth is None:
+        if not self._bandwidth:  # else it cannot change
             topology = Topology.read()
-            known = remembered(topology)
-            self._bandwidth = {
-                node.id: known.local(topology, node.id) or 0.0 if known else 0.0 for node in topology.compute_nodes
-            }
+            if known := remembered(topology):
+                self._bandwidth = {node.id: known.local(topology, node.id) or 0.0 for node in topology.compute_nodes}
         possible = sum(self._bandwidth.get(node, 0.0) for node in placement.nodes)
         mates = sum(shard.seats.nodes == placement.nodes for shard in self._plan.shards)
         if not possible:

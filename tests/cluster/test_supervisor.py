@@ -15,14 +15,18 @@ import pytest
 from ray.exceptions import RayActorError
 
 from numoe.cluster import assembly, supervisor
+from numoe.cluster.bandwidth import Bandwidth, ReadSpeed
 from numoe.cluster.endpoint import ANY_PORT
 from numoe.cluster.member import ServerRecord
+from numoe.cluster.status import ActorPlacement
 from numoe.cluster.supervisor import Supervisor
+from numoe.cluster.topology import NumaNode, Topology
 from numoe.engine import private, shm
 from tests.cluster.actors import FakeActor, FakeRay
 
 PLAN: Any = SimpleNamespace(shards=(), slices={}, mailbox=None, files=())
 INSTANCE = "unit"
+ONE_NODE = Topology(nodes=(NumaNode(id=0, cores=((0,),), memory_bytes=1 << 30),))
 
 
 STARTED: list[Supervisor] = []
@@ -195,5 +199,31 @@ def test_a_server_goes_on_while_its_state_cannot_be_saved(
     assert [line.getMessage() for line in caplog.records if "cannot be saved" in line.getMessage()] == [
         f"the server's state cannot be saved in {shm.ROOT / INSTANCE}: No space left on device"
     ]
+    running.shutdown(0.0)
+    assert running.wait() == ""
+
+
+def test_bandwidth_that_is_measured_later_is_not_missed(fake: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks before `numoe doctor` has measured it gets no share, who asks after it does."""
+    seats = SimpleNamespace(nodes=(0,))
+    monkeypatch.setattr(PLAN, "shards", (SimpleNamespace(index=0, numa_node=0, seats=seats),))
+    monkeypatch.setattr(supervisor, "Topology", SimpleNamespace(read=lambda: ONE_NODE))
+    found: dict[str, Bandwidth | None] = {"known": None}
+    monkeypatch.setattr(supervisor, "remembered", lambda _: found["known"])
+    placed = ActorPlacement(
+        nodes=(0,), weight_bytes=1, medium="plain", on_nodes=None, huge=0.0, cpus=(), ran_on=(), read_bytes_s=4e9
+    )
+    fake.on["expert"] = {"placement": lambda _: placed}
+    fake.on["attention"] = {"placement": lambda _: None, "stop": lambda *_: fake.of("expert")[0].die()}
+    running = start(fake)
+
+    def share() -> float | None:
+        (expert,) = (actor.placement for actor in running.actors() if actor.role == "expert")
+        assert expert is not None
+        return expert.bandwidth_share
+
+    assert share() is None
+    found["known"] = Bandwidth(measured=0.0, reads=(ReadSpeed(cores=0, memory=0, bytes_s=5e9),))
+    assert share() == 0.8
     running.shutdown(0.0)
     assert running.wait() == ""
