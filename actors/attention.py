@@ -153,6 +153,10 @@ class AttentionActor:
         """End a request."""
         self._engine.abort(request_id)
 
+    def pulse(self) -> str:
+        """Answers as long as the worker can; why it is to be taken for hung all the same, empty if it is not."""
+        return self._engine.why_stuck()
+
     def status(self) -> WorkerStatus:
         """What the worker is doing."""
         return self._engine.status()

@@ -191,6 +191,11 @@ class Assembly:
         running = len(pair) == 2 and all(member.state == "running" for member in pair)
         return running and tuple(member.actor for member in pair) != self._joined
 
+    @property
+    def is_joining(self) -> bool:
+        """Whether somebody connects them."""
+        return self._joining.locked()
+
     def join(self) -> None:
         """Connect worker and gateway if they are apart. Where one of them is dead, its successor is connected."""
         with self._joining:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import socket
 import threading
@@ -23,7 +24,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from numoe.cluster.assembly import Assembly
 from numoe.cluster.bandwidth import remembered
 from numoe.cluster.endpoint import Endpoint
-from numoe.cluster.heartbeats import Heartbeats
+from numoe.cluster.heartbeats import SignsOfLife
 from numoe.cluster.member import Member, ServerRecord, end_processes
 from numoe.cluster.placing import NAMESPACE, ActorClasses, Placing
 from numoe.cluster.plan import Plan
@@ -41,7 +42,7 @@ _CALL_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 10.0
 _PLACEMENT_ANSWER_S = 2.0
 _LOOK_S = 0.2
-_STOPPED_LOOKS = 2  # in a row that find a process stopped, until it is taken for hung
+_LONGEST_LOOK_S = 60.0
 _ATTEMPTS = 5
 _MOST_CRASHES = 12
 _SPARES_AFTER_S = 10.0  # of quiet: a server that has just come up has better things to do
@@ -64,6 +65,7 @@ class Supervisor:
         self._plan, self._endpoint = plan, endpoint
         self._bandwidth: dict[int, float] = {}
         self._outcome, self._stopping = _Outcome(), threading.Lock()
+        self._looked = math.inf  # by `time.monotonic`; nobody looks before everybody is up
         self._folder = shm.ROOT / instance
         self._placing = Placing(instance, plan, classes, str(self._folder))
         self._assembly = Assembly(plan, self._folder, endpoint, self._placing, supervisor_name(instance))
@@ -174,30 +176,44 @@ class Supervisor:
 
     def _watch(self) -> None:
         """Notice who dies or hangs, and have another actor take its place."""
-        beats, looks, quiet = Heartbeats(self._folder, self._plan.mailbox), dict[int, int](), 0.0
-        while not self._outcome.ended.is_set():
-            members = [member for member in self._assembly.members if member.state in ("running", "restarting")]
-            runs = {member.run: member for member in members if member.run is not None}
-            ended = ray.wait(list(runs), timeout=_LOOK_S)[0] if runs else []
-            if not runs:
+        signs, quiet = SignsOfLife(self._folder, self._plan.mailbox), 0.0
+        while not (self._outcome.ended.is_set() or self._stopping.locked()):
+            self._looked = time.monotonic()
+            try:
+                quiet = quiet + _LOOK_S if self._look(signs) else 0.0
+                if quiet >= _SPARES_AFTER_S and self._endpoint is not None:
+                    self._placing.keep_spares()
+            except Exception:  # whatever it is, there must be somebody who looks
+                logger.exception("the actors could not be looked at")
                 self._outcome.ended.wait(_LOOK_S)
-            if self._stopping.locked():
-                return
-            for reference in ended:
-                self._replace_soon(runs[reference], _why(reference))
-            for member in members:
-                looks[member.pid] = looks.get(member.pid, 0) + 1 if member.is_stopped() else 0
-                serves = member.role == "expert" and member.state == "running"
-                if looks[member.pid] >= _STOPPED_LOOKS or (serves and beats.is_still(member.index, member.since)):
-                    logger.warning("actor %s (pid %d) hangs and is killed", member.name, member.pid)
-                    member.kill()
-            quiet = quiet + _LOOK_S if all(m.state == "running" for m in members) and not ended else 0.0
-            if quiet >= _SPARES_AFTER_S and self._endpoint is not None:
-                self._placing.keep_spares()
-            if self._assembly.unsaved:
-                self._assembly.save()
-            if self._assembly.is_apart:
-                threading.Thread(target=self._assembly.join, name="numoe-join", daemon=True).start()
+
+    def _look(self, signs: SignsOfLife) -> bool:
+        """Wait a moment for somebody to die; whether nobody has, and all run."""
+        members = [member for member in self._assembly.members if member.state in ("running", "restarting")]
+        runs = {member.run: member for member in members if member.run is not None}
+        ended = ray.wait(list(runs), timeout=_LOOK_S)[0] if runs else []
+        if not runs:
+            self._outcome.ended.wait(_LOOK_S)
+        if self._stopping.locked():
+            return False
+        for reference in ended:
+            self._replace_soon(runs[reference], _why(reference))
+        for member in members:
+            if why := signs.why_hung(member):
+                logger.warning("actor %s (pid %d) %s and is killed", member.name, member.pid, why)
+                member.kill()
+        if self._assembly.unsaved:
+            self._assembly.save()
+        if self._assembly.is_apart and not self._assembly.is_joining:
+            threading.Thread(target=self._assembly.join, name="numoe-join", daemon=True).start()
+        return not ended and all(member.state == "running" for member in members)
+
+    def pulse(self) -> str:
+        """Answers as long as the supervisor can; why it is to be taken for hung all the same, empty if it is not."""
+        still = time.monotonic() - self._looked
+        if still < _LONGEST_LOOK_S or self._stopping.locked() or self._outcome.ended.is_set():
+            return ""
+        return f"has not looked after its actors for {still:.0f} s"
 
     def _replace_soon(self, member: Member, why: str) -> None:
         """Begin to replace a member that has died."""

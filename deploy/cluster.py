@@ -7,7 +7,6 @@ import logging
 import os
 import secrets
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -23,6 +22,7 @@ from numoe.actors.attention import AttentionActor
 from numoe.actors.expert import ExpertActor
 from numoe.actors.gateway.actor import GatewayActor
 from numoe.cluster.endpoint import Endpoint
+from numoe.cluster.heartbeats import Pulse
 from numoe.cluster.member import ServerRecord, end_processes, is_local, is_stopped
 from numoe.cluster.placing import NAMESPACE, ActorClasses, kill_actors
 from numoe.cluster.plan import Plan
@@ -168,7 +168,7 @@ class Server:
         The supervisor watches the others; here it is watched. Ray starts it again when it dies. Where Ray itself
         has died, everything is cleaned up and the process ends.
         """
-        ended, looks = self.supervisor.wait.remote(), 0
+        ended, looks, pulse = self.supervisor.wait.remote(), 0, Pulse(self.supervisor)
         while not stop.is_set():
             if why := self._head.why_lost():
                 self.end_processes()
@@ -181,9 +181,10 @@ class Server:
                     ended = self.supervisor.wait.remote()
             record = ServerRecord.load(shm.ROOT / self.instance)
             looks = looks + 1 if record and is_stopped(record.pid, record.host) else 0
-            if record and looks > 1:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(record.pid, signal.SIGKILL)
+            if record and (looks > 1 or pulse.why_hung()):
+                if is_local(record.pid, record.host):
+                    end_processes([record.pid])
+                pulse = Pulse(self.supervisor)
         return ""
 
     def _ask(self, method: str, *args: Any) -> Any:

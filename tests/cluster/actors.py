@@ -19,7 +19,7 @@ LIVING_PID = 0
 
 
 class FakeActor:
-    """An actor whose methods note what they are called with; `on` says what else they do."""
+    """An actor whose methods note what they are called with; `on` says what else they do, or give a Future."""
 
     def __init__(self, role: ActorRole, name: str, on: dict[str, Any]) -> None:
         self.role, self.name, self.end, self._on = role, name, Future[None](), on
@@ -47,7 +47,10 @@ class FakeActor:
         try:
             if self.end.done():
                 raise RayActorError  # noqa: TRY301
-            result.set_result(self._answer(method, args))
+            answer = self._answer(method, args)
+            if isinstance(answer, Future):
+                return answer
+            result.set_result(answer)
         except Exception as error:  # noqa: BLE001 - as Ray does
             result.set_exception(error)
         return result

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import errno
+import math
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
+import ray
 from ray.exceptions import RayActorError
 
-from numoe.cluster import assembly, supervisor
+from numoe.cluster import assembly, heartbeats, supervisor
 from numoe.cluster.bandwidth import Bandwidth, ReadSpeed
 from numoe.cluster.endpoint import ANY_PORT
 from numoe.cluster.member import ServerRecord
-from numoe.cluster.status import ActorPlacement
+from numoe.cluster.status import ActorPlacement, ActorRole
 from numoe.cluster.supervisor import Supervisor
 from numoe.cluster.topology import NumaNode, Topology
 from numoe.engine import private, shm
@@ -227,3 +230,47 @@ def test_bandwidth_that_is_measured_later_is_not_missed(fake: FakeRay, monkeypat
     assert share() == 0.8
     running.shutdown(0.0)
     assert running.wait() == ""
+
+
+@pytest.mark.parametrize("role", ["gateway", "attention"])
+def test_an_actor_that_hangs_is_replaced(fake: FakeRay, monkeypatch: pytest.MonkeyPatch, role: ActorRole) -> None:
+    monkeypatch.setattr(heartbeats, "_SILENT_S", 0.2)
+    fake.on[role] = {"pulse": lambda actor: Future[str]() if actor is fake.of(role)[0] else ""}
+    running = start(fake)
+    wait_for(lambda: len(fake.of(role)) == 2 and fake.of(role)[1].called("pulse"))
+    join(f"numoe-{role}")
+    assert fake.of(role)[0].end.done(), "it was killed"
+    assert all(member.state == "running" for member in record().members)
+    running.shutdown(0.0)
+    assert running.wait() == ""
+
+
+def test_somebody_looks_whatever_happens(fake: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    running, waits = start(fake), fake.wait
+    failures = [OSError("too many open files")] * 3
+
+    def wait(*args: Any, **options: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return waits(*args, **options)
+
+    monkeypatch.setattr(ray, "wait", wait)
+    wait_for(lambda: not failures)
+    fake.of("gateway")[0].die()
+    wait_for(lambda: len(fake.of("gateway")) == 2)
+    join("numoe-gateway")
+    running.shutdown(0.0)
+    assert running.wait() == ""
+
+
+def test_a_supervisor_that_does_not_look_any_more_says_so(fake: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    running, held = start(fake), threading.Event()
+    wait_for(lambda: running._looked < math.inf)
+    assert running.pulse() == ""
+    monkeypatch.setattr(running, "_look", lambda _: held.wait(20))
+    monkeypatch.setattr(supervisor, "_LONGEST_LOOK_S", 0.5)
+    wait_for(lambda: "has not looked" in running.pulse())
+    held.set()
+    running.shutdown(0.0)
+    assert running.wait() == ""
+    assert running.pulse() == ""
