@@ -202,6 +202,11 @@ class Server:
         """The attention worker's handle."""
         return self._ask("worker")
 
+    def problems(self) -> list[str]:
+        """What is wrong with where weights lie."""
+        placements = (actor.placement for actor in self._ask("actors"))
+        return [placement.problem for placement in placements if placement is not None and placement.problem]
+
     def close(self, drain_s: float = 0.0) -> None:
         """Take everything down, after running requests had `drain_s` seconds."""
         try:

@@ -119,6 +119,7 @@ def _placement_message(placement: ActorPlacement) -> pb.Placement:
         ran_on=placement.ran_on,
         read_bytes_per_second=placement.read_bytes_s,
         bandwidth_share=placement.bandwidth_share,
+        problem=placement.problem or None,
     )
 
 

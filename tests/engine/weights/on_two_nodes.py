@@ -104,10 +104,11 @@ def attached(model: GgufFile, cut: str, nodes: tuple[int, ...]) -> dict[str, Any
 
 def described(weights: WeightSlice, nodes: tuple[int, ...]) -> dict[str, Any]:
     """What numoe and the kernel say about a slice."""
-    report, path = SliceReporter(weights, nodes).report(), weights.path.resolve()
+    report, path = SliceReporter(weights, nodes, bound=True).report(), weights.path.resolve()
     assert report.huge == huge_share(str(path))
     found = {
         "kernel": kernel_pages(path), "on_nodes": report.on_nodes, "medium": report.medium, "huge": report.huge,
+        "problem": report.problem,
     }  # fmt: skip
     weights.close()
     return found

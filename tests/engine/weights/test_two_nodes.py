@@ -54,7 +54,7 @@ def test_every_page_of_a_slice_is_on_its_node(found: dict[str, Any], node: int) 
     weights = found["plain"][node]
     assert is_on(weights["kernel"], node)
     # Huge pages, although no setting allows them in shared memory: this kernel makes them on request.
-    assert (weights["on_nodes"], weights["medium"]) == (1.0, "transparent")
+    assert (weights["on_nodes"], weights["medium"], weights["problem"]) == (1.0, "transparent", "")
     assert weights["huge"] > 0.99
 
 
