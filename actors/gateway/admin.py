@@ -71,7 +71,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             queue=pb.QueueStatus(streams=len(self._streams)),
         )
         actors, worker = await asyncio.gather(_soon(self._engine.actors()), _soon(self._engine.status()))
-        response.actors.extend(map(_actor_message, actors or ()))
+        response.actors.extend(map(actor_message, actors or ()))
         if worker is not None:
             _add_worker(response, worker)
         return response
@@ -96,7 +96,8 @@ async def _soon(answer: Awaitable[T]) -> T | None:
     return None
 
 
-def _actor_message(actor: ActorInfo) -> pb.ActorStatus:
+def actor_message(actor: ActorInfo) -> pb.ActorStatus:
+    """A process, as the API tells of it."""
     return pb.ActorStatus(
         role=_ROLES[actor.role],
         pid=actor.pid,
