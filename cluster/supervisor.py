@@ -256,8 +256,8 @@ class Supervisor:
         """
         assembly, until = self._assembly, time.time() + deadline_s
         assembly.keep_weights |= keep_weights
-        if assembly.phase != "stopping":
-            assembly.drain_until = min(until, assembly.drain_until) if assembly.phase == "draining" else until
+        assembly.drain_until = min(until, assembly.drain_until) if assembly.phase == "draining" else until
+        if assembly.phase == "running":  # one that is still coming up is taken down by whoever finds it so
             assembly.phase = "draining"
         assembly.save()
         self._drain_soon()

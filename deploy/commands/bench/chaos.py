@@ -58,7 +58,7 @@ def chaos(
     model
         A GGUF file.
     minutes
-        How long the strikes go on; there are about 24 a minute.
+        How long the strikes go on; there are about 22 a minute.
     seed
         Of the choice of processes, signals and moments.
     streams
