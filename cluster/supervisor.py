@@ -45,6 +45,7 @@ _LOOK_S = 0.2
 _LONGEST_LOOK_S = 60.0
 _ATTEMPTS = 5
 _MOST_CRASHES = 12
+_LINGER_S = 3.0  # in which those who wait hear of the end
 _SPARES_AFTER_S = 10.0  # of quiet: a server that has just come up has better things to do
 
 
@@ -62,13 +63,13 @@ class Supervisor:
     def __init__(
         self, instance: str, plan: Plan, classes: ActorClasses, endpoint: Endpoint | None, *, keep_weights: bool = False
     ) -> None:
-        self._plan, self._endpoint = plan, endpoint
+        self._plan, self._endpoint, self._name = plan, endpoint, supervisor_name(instance)
         self._bandwidth: dict[int, float] = {}
         self._outcome, self._stopping = _Outcome(), threading.Lock()
         self._looked = math.inf  # by `time.monotonic`; nobody looks before everybody is up
         self._folder = shm.ROOT / instance
         self._placing = Placing(instance, plan, classes, str(self._folder))
-        self._assembly = Assembly(plan, self._folder, endpoint, self._placing, supervisor_name(instance))
+        self._assembly = Assembly(plan, self._folder, endpoint, self._placing, self._name)
         if ray.get_runtime_context().was_current_actor_reconstructed:
             self._take_over()
         else:
@@ -95,7 +96,7 @@ class Supervisor:
         """Go on where the supervisor that has died was."""
         record = ServerRecord.load(self._folder)
         if record is None:  # it had taken everything down
-            self._outcome.ended.set()
+            self._end()
             return
         lost = self._assembly.take_over(record)
         if record.phase not in ("running", "draining"):
@@ -296,7 +297,17 @@ class Supervisor:
             member.state = "dead"
         self._placing.release()
         self._free_memory()
+        self._end()
+
+    def _end(self) -> None:
+        """The server is down: let those hear of it who wait, then end this process, as nobody else may be left to."""
         self._outcome.ended.set()
+        threading.Thread(target=self._exit, name="numoe-exit", daemon=True).start()
+
+    def _exit(self) -> None:
+        time.sleep(_LINGER_S)
+        with contextlib.suppress(ValueError, RayError):  # somebody was faster
+            ray.kill(ray.get_actor(self._name))
 
     def _free_memory(self) -> None:
         """Remove what is in shared memory, but weights that another server uses or that shall stay."""

@@ -69,7 +69,7 @@ class FakeRay:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.actors: dict[str, FakeActor] = {}
         self.on: dict[ActorRole, dict[str, Any]] = {"gateway": {}, "attention": {}, "expert": {}}
-        self.reconstructed = False
+        self.reconstructed, self.killed = False, list[str]()
         self._lock = threading.Lock()
         for name in ("get", "wait", "kill", "get_actor", "get_runtime_context"):
             monkeypatch.setattr(ray, name, getattr(self, name))
@@ -88,11 +88,14 @@ class FakeRay:
         done = wait(references, timeout, return_when=when).done
         return [each for each in references if each in done], [each for each in references if each not in done]
 
-    def kill(self, actor: FakeActor) -> None:
-        actor.die()
+    def kill(self, actor: FakeActor | str) -> None:
+        if isinstance(actor, str):
+            self.killed.append(actor)
+        else:
+            actor.die()
 
     def get_actor(self, name: str) -> Any:
-        if name.startswith("supervisor"):
+        if name.startswith("supervisor"):  # which is no actor here
             return name
         if name not in self.actors or self.actors[name].end.done():
             raise ValueError(name)

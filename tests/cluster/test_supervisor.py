@@ -41,6 +41,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeRay]:
     found = FakeRay(monkeypatch)
     monkeypatch.setattr(shm, "ROOT", tmp_path / "shm")
     monkeypatch.setattr(supervisor, "Placing", lambda *_: found)
+    monkeypatch.setattr(supervisor, "_LINGER_S", 0.05)
     for module in (assembly, supervisor):
         monkeypatch.setattr(module, "sweep_incomplete", lambda: None)
     yield found
@@ -65,12 +66,14 @@ def kill_supervisors() -> None:
         dead._outcome.ended.set()
         dead._take_down = lambda _: None  # type: ignore[method-assign]
     join("numoe-watch")
+    join("numoe-exit")
 
 
 def join(name: str) -> None:
     """Wait for the end of all threads of this name."""
     for thread in threading.enumerate():
         if thread.name == name:
+            wait_for(lambda thread=thread: thread.ident)  # one that is being started cannot be joined
             thread.join()
 
 
@@ -138,6 +141,18 @@ def test_a_stop_goes_on_when_the_supervisor_dies_in_it(fake: FakeRay, monkeypatc
     assert 0 < told_again < told_first <= 500.0, "no more than what was left"
     assert freed == [], "as --keep-weights has asked for"
     assert not (shm.ROOT / INSTANCE).exists()
+
+
+def test_a_supervisor_ends_itself_when_the_server_is_down(fake: FakeRay) -> None:
+    """Whoever started the server may be gone."""
+    running = start(fake)
+    running.shutdown(0.0)
+    assert running.wait() == ""
+    join("numoe-exit")
+    assert fake.killed == [f"supervisor-{INSTANCE}"]
+    start(fake, again=True)
+    join("numoe-exit")
+    assert len(fake.killed) == 2, "so does one that Ray starts after that"
 
 
 def test_told_to_stop_twice_the_earlier_end_counts_and_weights_stay(fake: FakeRay) -> None:
