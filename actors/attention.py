@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numoe.actors.identity import Identity, identity
-from numoe.actors.placement import describe
+from numoe.actors.placement import describe, reporter_of
 from numoe.cluster.plan import Plan
 from numoe.cluster.status import ActorPlacement
 from numoe.engine.errors import NumoeError
@@ -57,7 +57,7 @@ class AttentionActor:
         from numoe.engine.models.config import ModelConfig
         from numoe.engine.scheduler import Scheduler, SchedulerConfig
         from numoe.engine.store.portable import kv_type_name
-        from numoe.engine.weights import CachedPages, SliceReporter
+        from numoe.engine.weights import CachedPages
         from numoe.engine.worker.engine import Engine
         from numoe.engine.worker.options import ForwardOptions, SharedWeights
 
@@ -92,7 +92,7 @@ class AttentionActor:
             )
         )
         weights = self._forward.slice
-        self._reporter = SliceReporter(weights, plan.attention.memory or plan.attention.nodes) if weights else None
+        self._reporter = reporter_of(weights, plan.attention) if weights else None
         self._engine = Engine(scheduler, self._forward, self._push, **tiers)
         self._resume()
         gguf.close()
@@ -152,6 +152,10 @@ class AttentionActor:
     def abort(self, request_id: str) -> None:
         """End a request."""
         self._engine.abort(request_id)
+
+    def pulse(self) -> str:
+        """Answers as long as the worker can; why it is to be taken for hung all the same, empty if it is not."""
+        return self._engine.why_stuck()
 
     def status(self) -> WorkerStatus:
         """What the worker is doing."""

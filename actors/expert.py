@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from numoe.actors.identity import Identity, identity
-from numoe.actors.placement import describe
+from numoe.actors.placement import describe, reporter_of
 from numoe.cluster.plan import Plan
 from numoe.cluster.status import ActorPlacement
 from numoe.engine.progress import Progress
@@ -39,7 +39,7 @@ class ExpertActor:
         from numoe.engine.experts.shard import ExpertShard
         from numoe.engine.gguf import GgufFile
         from numoe.engine.models.config import ModelConfig
-        from numoe.engine.weights import CachedPages, SliceReporter
+        from numoe.engine.weights import CachedPages
 
         self._index = index
         plan, placement = self._plan, self._plan.shards[index]
@@ -58,7 +58,7 @@ class ExpertActor:
             cpus=placement.seats.cpus,
         )
         weights = self._shard.load(CachedPages.load(self._folder))
-        self._reporter = SliceReporter(weights, placement.seats.memory or placement.seats.nodes)
+        self._reporter = reporter_of(weights, placement.seats)
         self._mailbox = mailbox
         gguf.close()
         self._shard.start()

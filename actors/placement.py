@@ -9,7 +9,16 @@ from numoe.cluster.cores import Seats
 from numoe.cluster.status import ActorPlacement
 
 if TYPE_CHECKING:
+    from numoe.engine.weights import SliceReporter, WeightSlice
+
+
+def reporter_of(weights: WeightSlice, seats: Seats) -> SliceReporter:
+    """What tells where an actor's weights are. They have been looked at already."""
     from numoe.engine.weights import SliceReporter
+
+    reporter = SliceReporter(weights, seats.memory or seats.nodes, bound=bool(seats.memory))
+    reporter.check()
+    return reporter
 
 
 def describe(
@@ -26,4 +35,5 @@ def describe(
         cpus=seats.cpus,
         ran_on=tuple(ran_on),
         read_bytes_s=read_bytes_s,
+        problem=weights.problem,
     )

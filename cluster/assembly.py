@@ -7,6 +7,7 @@ Worker and gateway are joined: worker.connect(gateway), gateway.attach(worker).
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import threading
@@ -23,8 +24,11 @@ from numoe.cluster.placing import Placing
 from numoe.cluster.plan import Plan
 from numoe.cluster.status import ActorRole
 from numoe.engine.errors import UnavailableError
+from numoe.engine.private import remove_staged
 from numoe.engine.shm import adopt_folder
 from numoe.engine.weights import CachedPages, WeightSlice, hold_weights, is_loaded, sweep_incomplete
+
+logger = logging.getLogger(__name__)
 
 _ANSWER_S = 20.0  # in which a new process says who it is
 _JOIN_S = 30.0
@@ -39,7 +43,9 @@ class Assembly:
         self.members: list[Member] = []
         self.phase: Phase = "launching"
         self.address = ""
+        self.keep_weights, self.drain_until = False, 0.0
         self.supervisors = 0  # that have died
+        self.unsaved = False
         self._connection, self._joined = 0, ("", "")
         self._joining, self._saving = threading.Lock(), threading.Lock()
         self.weights: list[WeightSlice] = []
@@ -64,7 +70,8 @@ class Assembly:
         get(worker.handle.attach_experts.remote())
         for member in reversed(self.members):
             self._serve(member)
-        self.phase = "running"
+        if self.phase == "launching":  # and not told to stop already
+            self.phase = "running"
         self.save()
 
     def _load(self) -> None:
@@ -86,8 +93,10 @@ class Assembly:
 
     def take_over(self, record: ServerRecord) -> list[Member]:
         """Go on where another supervisor has died; the members that have to be replaced."""
+        remove_staged(self._folder)  # only supervisors write there
         self._placing.take_over()
         self.address, self.phase, self.supervisors = record.address, record.phase, record.restarts + 1
+        self.keep_weights, self.drain_until = record.keep_weights, record.drain_until
         self._connection, self._joined = record.connection, record.joined
         self.members = [Member.of(remembered) for remembered in record.members]
         lost = [member for member in self.members if member.handle is None or member.state != "running"]
@@ -97,20 +106,35 @@ class Assembly:
                 member.state = "restarting"
             else:
                 member.run = self._run(member)
+                if member.role == "gateway":  # it may have been joined, but not told yet
+                    member.handle.serve.remote()
         self.hold_weights()
         self.save()
         return lost
 
     def save(self) -> None:
-        """Remember the members, and let the folder stay while any of them lives."""
+        """Remember the members, and let the folder stay while any of them lives.
+
+        Where that is not possible, as shared memory is full, `unsaved` says that it is to be tried again: a server
+        whose supervisor remembers too little is better than none.
+        """
         with self._saving:
             members = tuple(member.record() for member in self.members)
-            ServerRecord(
+            record = ServerRecord(
                 phase=self.phase, members=members, address=self.address,
+                keep_weights=self.keep_weights, drain_until=self.drain_until,
                 connection=self._connection, joined=self._joined, restarts=self.supervisors,
                 pid=os.getpid(), host=socket.gethostname(),
-            ).save(self._folder)  # fmt: skip
-            adopt_folder(self._folder, [os.getpid(), *(member.pid for member in self.members if member.is_local)])
+            )  # fmt: skip
+            try:
+                record.save(self._folder)
+                adopt_folder(self._folder, [os.getpid(), *(member.pid for member in self.members if member.is_local)])
+            except OSError as error:
+                if not self.unsaved:
+                    logger.warning("the server's state cannot be saved in %s: %s", self._folder, error.strerror)
+                self.unsaved = True
+            else:
+                self.unsaved = False
 
     def of(self, role: ActorRole) -> list[Member]:
         """The members of a role."""
@@ -132,7 +156,6 @@ class Assembly:
         elif member.role == "expert":
             get(member.handle.initialize.remote(member.index))
         self._serve(member)
-        self.save()
 
     def _identify(self, member: Member) -> None:
         member.pid = 0
@@ -141,18 +164,22 @@ class Assembly:
         self.save()
 
     def _serve(self, member: Member) -> None:
-        """Have a member that is initialized do its work, for each other and for clients."""
+        """Have a member that is initialized do its work, for each other and for clients.
+
+        Its `run` comes last: once that is known its end is seen to, which must not happen while it is coming up.
+        """
         if member.role == "gateway":
             assert self._endpoint is not None
             endpoint = replace(self._endpoint, listen=self.address or self._endpoint.listen)
             supervisor = ray.get_actor(self._supervisor)
             self.address = get(member.handle.initialize.remote(endpoint, supervisor))
-        if member.role == "expert" or self._endpoint is not None:
-            member.run = self._run(member)
+        run = self._run(member) if member.role == "expert" or self._endpoint is not None else None
         member.came_up()
         self.join()
         if member.role == "gateway":
             get(member.handle.serve.remote())
+        self.save()
+        member.run = run
 
     def _run(self, member: Member) -> Any:
         return member.handle.run.remote()
@@ -164,6 +191,11 @@ class Assembly:
         running = len(pair) == 2 and all(member.state == "running" for member in pair)
         return running and tuple(member.actor for member in pair) != self._joined
 
+    @property
+    def is_joining(self) -> bool:
+        """Whether somebody connects them."""
+        return self._joining.locked()
+
     def join(self) -> None:
         """Connect worker and gateway if they are apart. Where one of them is dead, its successor is connected."""
         with self._joining:
@@ -172,6 +204,7 @@ class Assembly:
             (worker,), (gateway,) = self.of("attention"), self.of("gateway")
             names = worker.actor, gateway.actor
             self._connection += 1
+            self.save()  # before it is used: no other may have the same number, whoever dies
             with contextlib.suppress(UnavailableError):
                 get(worker.handle.connect.remote(gateway.handle, self._connection), _JOIN_S)
                 get(gateway.handle.attach.remote(worker.handle, self._connection), _JOIN_S)

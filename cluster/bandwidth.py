@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import math
 import mmap
@@ -73,10 +74,11 @@ class Bandwidth(msgspec.Struct, frozen=True, kw_only=True):
 def bandwidth(topology: Topology, *, again: bool = False, progress: Progress | None = None) -> Bandwidth:
     """What was measured on such a host before, else (or if `again`) what is measured now and remembered.
 
-    Raises ResourceError without the memory for it.
+    Of processes that ask at once one measures. Raises ResourceError without the memory for it.
     """
-    found = None if again else remembered(topology)
-    return found or _remember(topology, measure(topology, progress))
+    with _one_at_a_time(_file(topology).parent):
+        found = None if again else remembered(topology)
+        return found or _remember(topology, measure(topology, progress))
 
 
 def remembered(topology: Topology) -> Bandwidth | None:
@@ -197,11 +199,22 @@ def _file(topology: Topology) -> Path:
     return cache_root() / "bandwidth" / f"{digest.hexdigest()[:16]}.json"
 
 
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, where it can be had."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
+
 def _remember(topology: Topology, found: Bandwidth) -> Bandwidth:
     """Write the figures, whole or not at all; a folder that cannot be written only costs measuring again."""
     path = _file(topology)
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(msgspec.json.encode(found))
         Path(file.name).replace(path)

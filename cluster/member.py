@@ -20,7 +20,7 @@ from numoe.engine.private import replace_private
 _EXIT_TIMEOUT_S = 10.0
 _STABLE_S = 2.0
 _FILE = "server"
-Phase = Literal["launching", "running", "stopping"]
+Phase = Literal["launching", "running", "draining", "stopping"]
 
 
 class MemberRecord(msgspec.Struct, frozen=True):
@@ -41,7 +41,8 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A server in its folder.
 
     joined: the worker's and the gateway's actor that are connected, `connection` their number. restarts: of the
-    supervisor, whose process and host are `pid` and `host`.
+    supervisor, whose process and host are `pid` and `host`. drain_until: when running requests are cut off that were
+    still there when the server was told to stop, seconds since 1970. keep_weights: they stay when it is down.
     """
 
     phase: Phase = "launching"
@@ -49,6 +50,8 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True):
     address: str = ""
     connection: int = 0
     joined: tuple[str, str] = ("", "")
+    keep_weights: bool = False
+    drain_until: float = 0.0
     restarts: int = 0
     pid: int = 0
     host: str = ""

@@ -21,7 +21,7 @@ from numoe.engine.gpu.weights import dense_bytes, work_bytes
 from numoe.engine.gpu.widened import widened_bytes
 from numoe.engine.kv.pages import pages_for
 from numoe.engine.models.config import ModelConfig
-from numoe.engine.weights import SliceKey, choose_medium, is_loaded, shm_medium, source_fingerprint
+from numoe.engine.weights import HugePools, SliceKey, is_loaded, shm_medium, source_fingerprint
 from numoe.engine.weights import slice_bytes as packed_bytes
 from numoe.engine.worker.kv_pool import F16, KvPool, KvType
 from numoe.engine.worker.weights import DENSE, dense_tensor_names, plan_dense
@@ -329,27 +329,34 @@ def fit_cache(plan: Plan, available: int | None = None) -> Plan:
 
 
 def _check_nodes(plan: Plan) -> None:
-    """ResourceError if the memory of a node does not hold what is to be bound to it: the kernel would kill for it."""
-    wanted: Counter[tuple[int, ...]] = Counter()
-    for key, nbytes in plan.slices.items():
-        if key.nodes and not (is_loaded(key) or _fits_huge_pages(key, nbytes)):
-            wanted[key.nodes] += nbytes
-    for nodes, nbytes in wanted.items():
-        free = shm_medium().free_bytes(nodes)
+    """ResourceError if the memory of a node does not hold all that is to be bound to it.
+
+    Of what is spread over several nodes, each takes its part.
+    """
+    wanted: Counter[int] = Counter()
+    for key, nbytes in _slices_to_load(plan).items():
+        for node in key.nodes:
+            wanted[node] += nbytes // len(key.nodes)
+    for node, nbytes in wanted.items():
+        free = shm_medium().free_bytes((node,))
         if nbytes > free:
             raise ResourceError(
-                f"weights of {_gb(nbytes)} belong on node {' and '.join(map(str, nodes))}, which has {_gb(free)} "
+                f"weights of {_gb(nbytes)} belong on node {node}, which has {_gb(free)} "
                 "available: free memory there, choose other nodes (--numa), or do without binding (--numa off)"
             )
 
 
 def _bytes_there(plan: Plan) -> int:
     """Bytes of weights that take no more memory: they are loaded, or huge pages are set aside for them."""
-    return sum(nbytes for key, nbytes in plan.slices.items() if is_loaded(key) or _fits_huge_pages(key, nbytes))
+    return sum(plan.slices.values()) - sum(_slices_to_load(plan).values())
 
 
-def _fits_huge_pages(key: SliceKey, nbytes: int) -> bool:
-    return choose_medium(nbytes, key.nodes).kind == "hugetlbfs"
+def _slices_to_load(plan: Plan) -> dict[SliceKey, int]:
+    """The slices that take memory which is free now: what is set aside as huge pages goes to the smallest first."""
+    pools, smallest_first = HugePools(), sorted(plan.slices.items(), key=lambda item: item[1])
+    return {
+        key: nbytes for key, nbytes in smallest_first if not (is_loaded(key) or pools.take(nbytes, key.nodes))
+    }
 
 
 def _positive(flag: str, value: int | None, default: int, most: int) -> int:

@@ -22,7 +22,8 @@ class ActorPlacement(msgspec.Struct, frozen=True, kw_only=True):
     `medium`. on_nodes: the part of the pages that lie there, None if nobody can tell. huge: the part in huge
     pages. cpus: of the threads, one each, none if they are not pinned. ran_on: where each of them ran last.
     read_bytes_s: weights read by decode steps, while they were being read, None before the first.
-    bandwidth_share: the part of what was measured to be possible, None if nothing was.
+    bandwidth_share: the part of what was measured to be possible, None if nothing was. problem: why the weights do
+    not lie where they should, and what helps; empty if they do.
     """
 
     nodes: tuple[int, ...]
@@ -34,6 +35,7 @@ class ActorPlacement(msgspec.Struct, frozen=True, kw_only=True):
     ran_on: tuple[int, ...]
     read_bytes_s: float | None = None
     bandwidth_share: float | None = None
+    problem: str = ""
 
 
 class ActorInfo(msgspec.Struct, frozen=True, kw_only=True):

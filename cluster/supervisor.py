@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import socket
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +24,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from numoe.cluster.assembly import Assembly
 from numoe.cluster.bandwidth import remembered
 from numoe.cluster.endpoint import Endpoint
-from numoe.cluster.heartbeats import Heartbeats
+from numoe.cluster.heartbeats import SignsOfLife
 from numoe.cluster.member import Member, ServerRecord, end_processes
 from numoe.cluster.placing import NAMESPACE, ActorClasses, Placing
 from numoe.cluster.plan import Plan
@@ -40,9 +42,10 @@ _CALL_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 10.0
 _PLACEMENT_ANSWER_S = 2.0
 _LOOK_S = 0.2
-_STOPPED_LOOKS = 2  # in a row that find a process stopped, until it is taken for hung
+_LONGEST_LOOK_S = 60.0
 _ATTEMPTS = 5
 _MOST_CRASHES = 12
+_LINGER_S = 3.0  # in which those who wait hear of the end
 _SPARES_AFTER_S = 10.0  # of quiet: a server that has just come up has better things to do
 
 
@@ -60,16 +63,18 @@ class Supervisor:
     def __init__(
         self, instance: str, plan: Plan, classes: ActorClasses, endpoint: Endpoint | None, *, keep_weights: bool = False
     ) -> None:
-        self._plan, self._endpoint, self._keep_weights = plan, endpoint, keep_weights
-        self._bandwidth: dict[int, float] | None = None
+        self._plan, self._endpoint, self._name = plan, endpoint, supervisor_name(instance)
+        self._bandwidth: dict[int, float] = {}
         self._outcome, self._stopping = _Outcome(), threading.Lock()
+        self._looked = math.inf  # by `time.monotonic`; nobody looks before everybody is up
         self._folder = shm.ROOT / instance
         self._placing = Placing(instance, plan, classes, str(self._folder))
-        self._assembly = Assembly(plan, self._folder, endpoint, self._placing, supervisor_name(instance))
+        self._assembly = Assembly(plan, self._folder, endpoint, self._placing, self._name)
         if ray.get_runtime_context().was_current_actor_reconstructed:
             self._take_over()
         else:
             shm.create_folder(instance)
+            self._assembly.keep_weights = keep_weights
             self._assembly.save()
 
     # --- bringing up ------------------------------------------------------------------------------
@@ -91,10 +96,10 @@ class Supervisor:
         """Go on where the supervisor that has died was."""
         record = ServerRecord.load(self._folder)
         if record is None:  # it had taken everything down
-            self._outcome.ended.set()
+            self._end()
             return
         lost = self._assembly.take_over(record)
-        if record.phase != "running":
+        if record.phase not in ("running", "draining"):
             why = "" if record.phase == "stopping" else "the supervisor died while the server was starting"
             threading.Thread(target=self._take_down, args=(why,), name="numoe-down", daemon=True).start()
             return
@@ -102,6 +107,8 @@ class Supervisor:
         for member in lost:
             self._replace_soon(member, "was lost with the supervisor")
         threading.Thread(target=self._watch, name="numoe-watch", daemon=True).start()
+        if record.phase == "draining":
+            self._drain_soon()
 
     # --- looking ----------------------------------------------------------------------------------
 
@@ -117,7 +124,7 @@ class Supervisor:
 
     def actors(self) -> list[ActorInfo]:
         """Every process of the server, this one included."""
-        state: ActorState = "draining" if self._stopping.locked() else "running"
+        state: ActorState = "draining" if self._assembly.phase in ("draining", "stopping") else "running"
         own = ActorInfo(
             role="supervisor", pid=os.getpid(), host=socket.gethostname(), state=state,
             restarts=self._assembly.supervisors,
@@ -147,12 +154,10 @@ class Supervisor:
         """With the share of what the cores of its nodes can read, as far as that was measured on this host."""
         if placement.read_bytes_s is None:
             return placement
-        if self._bandwidth is None:
+        if not self._bandwidth:  # else it cannot change
             topology = Topology.read()
-            known = remembered(topology)
-            self._bandwidth = {
-                node.id: known.local(topology, node.id) or 0.0 if known else 0.0 for node in topology.compute_nodes
-            }
+            if known := remembered(topology):
+                self._bandwidth = {node.id: known.local(topology, node.id) or 0.0 for node in topology.compute_nodes}
         possible = sum(self._bandwidth.get(node, 0.0) for node in placement.nodes)
         mates = sum(shard.seats.nodes == placement.nodes for shard in self._plan.shards)
         if not possible:
@@ -172,28 +177,44 @@ class Supervisor:
 
     def _watch(self) -> None:
         """Notice who dies or hangs, and have another actor take its place."""
-        beats, looks, quiet = Heartbeats(self._folder, self._plan.mailbox), dict[int, int](), 0.0
-        while not self._outcome.ended.is_set():
-            members = [member for member in self._assembly.members if member.state in ("running", "restarting")]
-            runs = {member.run: member for member in members if member.run is not None}
-            ended = ray.wait(list(runs), timeout=_LOOK_S)[0] if runs else []
-            if not runs:
+        signs, quiet = SignsOfLife(self._folder, self._plan.mailbox), 0.0
+        while not (self._outcome.ended.is_set() or self._stopping.locked()):
+            self._looked = time.monotonic()
+            try:
+                quiet = quiet + _LOOK_S if self._look(signs) else 0.0
+                if quiet >= _SPARES_AFTER_S and self._endpoint is not None:
+                    self._placing.keep_spares()
+            except Exception:  # whatever it is, there must be somebody who looks
+                logger.exception("the actors could not be looked at")
                 self._outcome.ended.wait(_LOOK_S)
-            if self._stopping.locked():
-                return
-            for reference in ended:
-                self._replace_soon(runs[reference], _why(reference))
-            for member in members:
-                looks[member.pid] = looks.get(member.pid, 0) + 1 if member.is_stopped() else 0
-                serves = member.role == "expert" and member.state == "running"
-                if looks[member.pid] >= _STOPPED_LOOKS or (serves and beats.is_still(member.index, member.since)):
-                    logger.warning("actor %s (pid %d) hangs and is killed", member.name, member.pid)
-                    member.kill()
-            quiet = quiet + _LOOK_S if all(m.state == "running" for m in members) and not ended else 0.0
-            if quiet >= _SPARES_AFTER_S and self._endpoint is not None:
-                self._placing.keep_spares()
-            if self._assembly.is_apart:
-                threading.Thread(target=self._assembly.join, name="numoe-join", daemon=True).start()
+
+    def _look(self, signs: SignsOfLife) -> bool:
+        """Wait a moment for somebody to die; whether nobody has, and all run."""
+        members = [member for member in self._assembly.members if member.state in ("running", "restarting")]
+        runs = {member.run: member for member in members if member.run is not None}
+        ended = ray.wait(list(runs), timeout=_LOOK_S)[0] if runs else []
+        if not runs:
+            self._outcome.ended.wait(_LOOK_S)
+        if self._stopping.locked():
+            return False
+        for reference in ended:
+            self._replace_soon(runs[reference], _why(reference))
+        for member in members:
+            if why := signs.why_hung(member):
+                logger.warning("actor %s (pid %d) %s and is killed", member.name, member.pid, why)
+                member.kill()
+        if self._assembly.unsaved:
+            self._assembly.save()
+        if self._assembly.is_apart and not self._assembly.is_joining:
+            threading.Thread(target=self._assembly.join, name="numoe-join", daemon=True).start()
+        return not ended and all(member.state == "running" for member in members)
+
+    def pulse(self) -> str:
+        """Answers as long as the supervisor can; why it is to be taken for hung all the same, empty if it is not."""
+        still = time.monotonic() - self._looked
+        if still < _LONGEST_LOOK_S or self._stopping.locked() or self._outcome.ended.is_set():
+            return ""
+        return f"has not looked after its actors for {still:.0f} s"
 
     def _replace_soon(self, member: Member, why: str) -> None:
         """Begin to replace a member that has died."""
@@ -231,17 +252,27 @@ class Supervisor:
     def shutdown(self, deadline_s: float, *, keep_weights: bool = False) -> None:
         """Let running requests finish for `deadline_s` seconds, then take everything down; returns at once.
 
-        keep_weights: leave them in shared memory for the next server of this model.
+        keep_weights: leave them in shared memory for the next server of this model. Told twice, the earlier end
+        counts, and weights stay if either said so. What was told is remembered, should the supervisor be replaced.
         """
-        self._keep_weights |= keep_weights
-        threading.Thread(target=self._drain, args=(deadline_s,), name="numoe-drain", daemon=True).start()
+        assembly, until = self._assembly, time.time() + deadline_s
+        assembly.keep_weights |= keep_weights
+        assembly.drain_until = min(until, assembly.drain_until) if assembly.phase == "draining" else until
+        if assembly.phase == "running":  # one that is still coming up is taken down by whoever finds it so
+            assembly.phase = "draining"
+        assembly.save()
+        self._drain_soon()
 
-    def _drain(self, deadline_s: float) -> None:
+    def _drain_soon(self) -> None:
+        threading.Thread(target=self._drain, name="numoe-drain", daemon=True).start()
+
+    def _drain(self) -> None:
+        left_s = max(0.0, self._assembly.drain_until - time.time())
         for gateway in self._assembly.of("gateway"):
             if gateway.state != "running":
                 continue
             with contextlib.suppress(RayError, GetTimeoutError):
-                ray.get(gateway.handle.drain.remote(deadline_s), timeout=deadline_s + _CALL_TIMEOUT_S)
+                ray.get(gateway.handle.drain.remote(left_s), timeout=left_s + _CALL_TIMEOUT_S)
         self._take_down("")
 
     def _take_down(self, message: str) -> None:
@@ -249,8 +280,7 @@ class Supervisor:
             return
         self._outcome.message, self._assembly.phase = message, "stopping"
         members = self._assembly.members
-        with contextlib.suppress(OSError):
-            self._assembly.save()
+        self._assembly.save()
         for member in reversed(members):
             with contextlib.suppress(RayError, GetTimeoutError):
                 if member.handle is None:
@@ -267,13 +297,23 @@ class Supervisor:
             member.state = "dead"
         self._placing.release()
         self._free_memory()
+        self._end()
+
+    def _end(self) -> None:
+        """The server is down: let those hear of it who wait, then end this process, as nobody else may be left to."""
         self._outcome.ended.set()
+        threading.Thread(target=self._exit, name="numoe-exit", daemon=True).start()
+
+    def _exit(self) -> None:
+        time.sleep(_LINGER_S)
+        with contextlib.suppress(ValueError, RayError):  # somebody was faster
+            ray.kill(ray.get_actor(self._name))
 
     def _free_memory(self) -> None:
         """Remove what is in shared memory, but weights that another server uses or that shall stay."""
         for weights in self._assembly.weights:
             weights.close()
-        if not self._keep_weights:
+        if not self._assembly.keep_weights:
             end_processes(member.pid for member in self._assembly.members if member.is_local)
             free_weights(self._folder)
         sweep_incomplete()  # of a load that was interrupted

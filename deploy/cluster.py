@@ -7,7 +7,6 @@ import logging
 import os
 import secrets
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -23,6 +22,7 @@ from numoe.actors.attention import AttentionActor
 from numoe.actors.expert import ExpertActor
 from numoe.actors.gateway.actor import GatewayActor
 from numoe.cluster.endpoint import Endpoint
+from numoe.cluster.heartbeats import Pulse
 from numoe.cluster.member import ServerRecord, end_processes, is_local, is_stopped
 from numoe.cluster.placing import NAMESPACE, ActorClasses, kill_actors
 from numoe.cluster.plan import Plan
@@ -168,7 +168,7 @@ class Server:
         The supervisor watches the others; here it is watched. Ray starts it again when it dies. Where Ray itself
         has died, everything is cleaned up and the process ends.
         """
-        ended, looks = self.supervisor.wait.remote(), 0
+        ended, looks, pulse = self.supervisor.wait.remote(), 0, Pulse(self.supervisor)
         while not stop.is_set():
             if why := self._head.why_lost():
                 self.end_processes()
@@ -181,9 +181,10 @@ class Server:
                     ended = self.supervisor.wait.remote()
             record = ServerRecord.load(shm.ROOT / self.instance)
             looks = looks + 1 if record and is_stopped(record.pid, record.host) else 0
-            if record and looks > 1:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(record.pid, signal.SIGKILL)
+            if record and (looks > 1 or pulse.why_hung()):
+                if is_local(record.pid, record.host):
+                    end_processes([record.pid])
+                pulse = Pulse(self.supervisor)
         return ""
 
     def _ask(self, method: str, *args: Any) -> Any:
@@ -200,6 +201,11 @@ class Server:
     def worker(self) -> Any:
         """The attention worker's handle."""
         return self._ask("worker")
+
+    def problems(self) -> list[str]:
+        """What is wrong with where weights lie."""
+        placements = (actor.placement for actor in self._ask("actors"))
+        return [placement.problem for placement in placements if placement is not None and placement.problem]
 
     def close(self, drain_s: float = 0.0) -> None:
         """Take everything down, after running requests had `drain_s` seconds."""
@@ -218,6 +224,7 @@ class Server:
         """End the server's processes on this host without Ray's help, and free their memory."""
         record = ServerRecord.load(shm.ROOT / self.instance)
         if record is not None:
+            self._keep_weights |= record.keep_weights  # `numoe stop --keep-weights` has told the supervisor
             everyone = [(record.pid, record.host), *((member.pid, member.host) for member in record.members)]
             end_processes(pid for pid, host in everyone if is_local(pid, host))
         self._remove_memory()

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from numoe.actors.gateway.actor import server_context
 from numoe.actors.gateway.server import check_endpoint
+from numoe.cluster.bandwidth import bandwidth, remembered
 from numoe.cluster.endpoint import Endpoint
 from numoe.cluster.plan import Plan, PlanOptions, check_memory, fit_cache, make_plan
 from numoe.cluster.status import LoadProgress
@@ -20,6 +21,7 @@ from numoe.cluster.topology import Topology
 from numoe.deploy.cluster import Server, start_ray, stop_ray
 from numoe.deploy.kernels import KernelBuild
 from numoe.engine import shm
+from numoe.engine.errors import ResourceError
 from numoe.engine.gguf import GgufFile
 from numoe.engine.gpu.device import find_gpu
 from numoe.engine.models.config import ModelConfig
@@ -72,6 +74,8 @@ def running_server(
         try:
             started_here = start_ray()
             _show_compiling(build)
+            if endpoint is not None:
+                measure_bandwidth(plan)
             server = Server(plan, endpoint, keep_weights=keep_weights)
             _show_loading(server)
             yield server
@@ -95,6 +99,23 @@ def _show_compiling(build: KernelBuild) -> None:
             bars.update(task, advance=1, name=f"{int(bars.tasks[0].completed) + 1}/{len(build.missing)} {name}")
 
         build.wait(on_done)
+
+
+def measure_bandwidth(plan: Plan) -> None:
+    """Have it measured, once on this host, how fast its memory is read: `numoe status` tells the share that shards use.
+
+    Not while another server of this user runs, which it would slow down.
+    """
+    topology = Topology.read()
+    if not plan.shards or remembered(topology) is not None or any(shm.ROOT.glob("*")):
+        return
+    columns = (TextColumn("measuring memory bandwidth (once on this machine)"), BarColumn())
+    with Progress(*columns, console=_console, transient=True) as bars:
+        task = bars.add_task("", total=None)
+        try:
+            bandwidth(topology, progress=lambda done, of: bars.update(task, completed=done, total=of))
+        except ResourceError as error:
+            bars.console.print(f"numoe: {error}")
 
 
 def _show_loading(server: Server) -> None:

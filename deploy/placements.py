@@ -26,6 +26,7 @@ def placement_json(actor: pb.ActorStatus) -> dict[str, Any] | None:
             placement.read_bytes_per_second if placement.HasField("read_bytes_per_second") else None
         ),
         "bandwidth_share": placement.bandwidth_share if placement.HasField("bandwidth_share") else None,
+        "problem": placement.problem if placement.HasField("problem") else None,
     }
 
 
@@ -45,7 +46,7 @@ def placement_text(actor: dict[str, Any]) -> str:
         text += f"; reads {read / 1e9:.1f} GB/s"
         if placement["bandwidth_share"] is not None:
             text += f", {_percent(placement['bandwidth_share'])} of what was measured"
-    return text
+    return f"{text}\n  {placement['problem']}" if placement["problem"] else text
 
 
 def cpu_list(cpus: Sequence[int]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import mmap
 import os
 import platform
 from collections import Counter
@@ -19,6 +20,7 @@ _MASK_WORDS: Final = 16
 """64-bit words of a node mask: 1024 nodes, as many as a kernel can have."""
 _ASKED_AT_ONCE: Final = 1 << 16
 PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
+BIND_CURE: Final = "allow a container mbind and move_pages: --cap-add SYS_NICE, or capabilities: add: [SYS_NICE]"
 _SMAPS_PAGES: Final = ("Rss", "ShmemPmdMapped", "FilePmdMapped", "Shared_Hugetlb", "Private_Hugetlb")
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -60,6 +62,32 @@ def page_nodes(address: int, nbytes: int, page_bytes: int = PAGE_BYTES, at_most:
         )  # fmt: skip
         found.update(nodes)
     return found
+
+
+def bound_page(node: int) -> int:
+    """On which node a page lies that was bound to one. OSError where one cannot be, or nobody tells."""
+    with mmap.mmap(-1, PAGE_BYTES) as page:
+        place = ctypes.c_char.from_buffer(page)
+        start = ctypes.addressof(place)
+        try:
+            bind_memory(start, PAGE_BYTES, node)
+            ctypes.memset(start, 1, PAGE_BYTES)
+            return next(iter(page_nodes(start, PAGE_BYTES)))
+        finally:
+            del place  # else the mapping could not be closed
+
+
+def why_unbound(nodes: Iterable[int]) -> dict[int, str]:
+    """The nodes to which memory cannot be bound, and why."""
+    wrong: dict[int, str] = {}
+    for node in nodes:
+        try:
+            found = bound_page(node)
+            if found != node:
+                wrong[node] = f"a page for node {node} lies on node {found}"
+        except OSError as refused:
+            wrong[node] = f"node {node}: {refused.strerror}"
+    return wrong
 
 
 class Pins:

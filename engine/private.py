@@ -11,6 +11,7 @@ from typing import NamedTuple
 from numoe.engine.errors import AccessError, InputError, NotFoundError
 
 MAX_SECRET_BYTES = 1 << 20
+_STAGED = "."
 
 
 class Stamp(NamedTuple):
@@ -57,10 +58,23 @@ def write_private(path: Path, content: bytes) -> None:
 
 
 def replace_private(path: Path, content: bytes) -> None:
-    """As `write_private`, but whoever reads the file meanwhile finds what was there before."""
-    staged = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    write_private(staged, content)
-    staged.rename(path)
+    """As `write_private`, but whoever reads the file meanwhile finds what was there before.
+
+    A writer that is killed leaves a file beside it: see `remove_staged`.
+    """
+    staged = path.with_name(f"{_STAGED}{path.name}.{secrets.token_hex(8)}")
+    try:
+        write_private(staged, content)
+        staged.rename(path)
+    except OSError:
+        staged.unlink(missing_ok=True)
+        raise
+
+
+def remove_staged(folder: Path) -> None:
+    """Remove what killed writers have left in a folder in which nobody writes now."""
+    for staged in folder.glob(f"{_STAGED}*"):
+        staged.unlink(missing_ok=True)
 
 
 def read_secret(path: Path) -> tuple[bytes, Stamp]:

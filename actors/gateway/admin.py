@@ -71,7 +71,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             queue=pb.QueueStatus(streams=len(self._streams)),
         )
         actors, worker = await asyncio.gather(_soon(self._engine.actors()), _soon(self._engine.status()))
-        response.actors.extend(map(_actor_message, actors or ()))
+        response.actors.extend(map(actor_message, actors or ()))
         if worker is not None:
             _add_worker(response, worker)
         return response
@@ -84,8 +84,8 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             deadline_s = violations.duration("drain_deadline", request.drain_deadline)
         violations.raise_if_any()
         streams = len(self._streams)
-        await self._lifecycle.set_draining()
         await self._engine.shutdown(deadline_s, keep_weights=request.keep_weights)
+        await self._lifecycle.set_draining()  # only now: who is not being stopped goes on serving
         return pb.ShutdownResponse(streams=streams)
 
 
@@ -96,7 +96,8 @@ async def _soon(answer: Awaitable[T]) -> T | None:
     return None
 
 
-def _actor_message(actor: ActorInfo) -> pb.ActorStatus:
+def actor_message(actor: ActorInfo) -> pb.ActorStatus:
+    """A process, as the API tells of it."""
     return pb.ActorStatus(
         role=_ROLES[actor.role],
         pid=actor.pid,
@@ -119,6 +120,7 @@ def _placement_message(placement: ActorPlacement) -> pb.Placement:
         ran_on=placement.ran_on,
         read_bytes_per_second=placement.read_bytes_s,
         bandwidth_share=placement.bandwidth_share,
+        problem=placement.problem or None,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -78,6 +79,9 @@ def _serve(signals: StopSignals, model: str, endpoint: Endpoint, options: PlanOp
         print(f"numoe serves {server.plan.model} at {server.address} (Ctrl-C stops it)", flush=True)
         if endpoint.insecure and not endpoint.is_protected:
             print(f"numoe: whoever reaches {server.address} may use and stop this server", file=sys.stderr)
+        with suppress(UnavailableError):  # it is seen to below
+            for problem in server.problems():
+                print(f"numoe: {problem}", file=sys.stderr)
         why = server.wait(signals.stop)
         if signals.stop.is_set():
             server.close(DRAIN_S)

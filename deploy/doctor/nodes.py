@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from collections import Counter
 from datetime import datetime
-
-import numpy as np
 
 from numoe.cluster.bandwidth import Bandwidth
 from numoe.cluster.topology import NumaNode
 from numoe.deploy.doctor.check import Check, Host, count, error, gb, ok, warning
 from numoe.deploy.doctor.dimms import DMI_TABLE, count_channels, read_slots
 from numoe.engine import numa
-from numoe.engine.cpu.memory import address
 
 _UNEVEN = 1.2
 """Nodes that differ by more than this factor in what should be the same are worth a word."""
 _BUS_BYTES = 8
-_BIND_CURE = "allow a container mbind and move_pages: --cap-add SYS_NICE, or capabilities: add: [SYS_NICE]"
 
 
 def check_nodes(host: Host) -> Check:
@@ -121,30 +115,14 @@ def check_bandwidth(host: Host, found: Bandwidth) -> Check:
 def check_binding(host: Host) -> Check:
     """Whether memory can be bound to each node, and the kernel says that it lies there."""
     nodes = [node.id for node in host.topology.nodes if node.has_memory]
-    wrong: dict[int, str] = {}
-    for node in nodes:
-        try:
-            found = _bound_page(node)
-            if found != node:
-                wrong[node] = f"a page for node {node} lies on node {found}"
-        except OSError as refused:
-            wrong[node] = f"node {node}: {refused.strerror}"
+    wrong = numa.why_unbound(nodes)
     values = {"nodes": nodes, "refused": sorted(wrong)}
     if not wrong:
         return ok("binding", f"memory can be bound to {count(len(nodes), 'node')}", **values)
     text = f"memory cannot be bound ({'; '.join(wrong.values())})"
     if len(nodes) == 1:
         return ok("binding", f"{text}; one node does without", **values)
-    return error("binding", text, _BIND_CURE, **values)
-
-
-def _bound_page(node: int) -> int:
-    """On which node a page lies that was bound to one."""
-    with mmap.mmap(-1, numa.PAGE_BYTES) as page:
-        start = address(np.frombuffer(page, np.uint8))
-        numa.bind_memory(start, numa.PAGE_BYTES, node)
-        ctypes.memset(start, 1, numa.PAGE_BYTES)
-        return next(iter(numa.page_nodes(start, numa.PAGE_BYTES)))
+    return error("binding", text, numa.BIND_CURE, **values)
 
 
 def check_balancing(host: Host) -> Check:

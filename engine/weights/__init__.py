@@ -12,7 +12,7 @@ from numoe.engine.weights.inventory import (
     verify_slice,
 )
 from numoe.engine.weights.loading import PackedTensor, load_tensors, open_tensors, slice_bytes
-from numoe.engine.weights.media import choose_medium, shm_medium
+from numoe.engine.weights.media import HugePools, shm_medium
 from numoe.engine.weights.pages import CachedPages, SharedReads
 from numoe.engine.weights.report import SliceReport, SliceReporter
 from numoe.engine.weights.slices import SliceKey, WeightSlice, remove_slice
@@ -20,6 +20,7 @@ from numoe.engine.weights.source import source_fingerprint
 
 __all__ = [
     "CachedPages",
+    "HugePools",
     "PackedTensor",
     "SharedReads",
     "SliceKey",
@@ -27,7 +28,6 @@ __all__ = [
     "SliceReporter",
     "StoredSlice",
     "WeightSlice",
-    "choose_medium",
     "free_weights",
     "hold_weights",
     "is_loaded",

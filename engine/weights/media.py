@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,29 @@ def choose_medium(nbytes: int, nodes: Sequence[int] = ()) -> Medium:
         if medium.free_bytes(nodes) >= nbytes:
             return medium
     return shm_medium()
+
+
+class HugePools:
+    """The huge pages that are set aside, given out to one slice after the other: for planning, nothing is taken."""
+
+    def __init__(self) -> None:
+        self._media = list(huge_media())
+        self._taken: Counter[tuple[int, int | None]] = Counter()  # by the pages' bytes and node; None for all nodes
+
+    def take(self, nbytes: int, nodes: Sequence[int] = ()) -> bool:
+        """Whether a slice, spread over several nodes if there are several, still has room in one of them."""
+        for medium in self._media:
+            page = medium.page_bytes
+            wanted = -(-nbytes // page) * page
+            free = medium.free_bytes() - self._taken[page, None]
+            if nodes:
+                free = min(free, sum(medium.free_bytes((node,)) - self._taken[page, node] for node in nodes))
+            if wanted <= free:
+                self._taken[page, None] += wanted
+                for node in nodes:
+                    self._taken[page, node] += wanted // len(nodes)
+                return True
+        return False
 
 
 def shm_medium() -> Medium:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,9 +11,13 @@ from typing import Final
 import numpy as np
 
 from numoe.engine.cpu.memory import address
-from numoe.engine.numa import PAGE_BYTES, huge_share, page_nodes
+from numoe.engine.numa import BIND_CURE, PAGE_BYTES, huge_share, page_nodes, why_unbound
 from numoe.engine.weights.slices import WeightSlice
 
+logger = logging.getLogger(__name__)
+
+ENOUGH: Final = 0.99
+"""The part of the pages that should lie on their node at least."""
 _ASKED_PAGES: Final = 1 << 14
 _LIFETIME_S: Final = 30.0
 """How long a report is good: to make one, the kernel walks through all pages."""
@@ -24,21 +29,22 @@ class SliceReport:
 
     medium: the kind of memory that it was loaded to. on_nodes: the part of its pages that lie on the
     nodes where they should, None if they may lie anywhere or nobody can tell. huge: the part of what is
-    mapped that are huge pages.
+    mapped that are huge pages. problem: why they do not lie where they should, and what helps; empty if they do.
     """
 
     nbytes: int
     medium: str
     on_nodes: float | None
     huge: float
+    problem: str = ""
 
 
 class SliceReporter:
     """Makes reports of a slice, not more often than it takes."""
 
-    def __init__(self, weights: WeightSlice, nodes: Collection[int]) -> None:
-        """nodes: where its pages should be."""
-        self._weights, self._nodes = weights, frozenset(nodes)
+    def __init__(self, weights: WeightSlice, nodes: Collection[int], *, bound: bool) -> None:
+        """nodes: where its pages should be. bound: whether it was bound to them, as there are others."""
+        self._weights, self._nodes, self._is_bound = weights, frozenset(nodes), bound
         self._report, self._made = SliceReport(0, "", None, 0.0), -_LIFETIME_S
 
     def report(self) -> SliceReport:
@@ -46,11 +52,29 @@ class SliceReporter:
         if time.monotonic() - self._made > _LIFETIME_S:
             header = self._weights.header
             assert header is not None
-            self._report = SliceReport(
-                header.nbytes, header.medium, self._on_nodes(), huge_share(str(self._weights.path.resolve()))
-            )
+            on_nodes = self._on_nodes()
+            huge = huge_share(str(self._weights.path.resolve()))
+            self._report = SliceReport(header.nbytes, header.medium, on_nodes, huge, self._problem(on_nodes))
             self._made = time.monotonic()
         return self._report
+
+    def check(self) -> None:
+        """Log it if the slice does not lie where it should: for who has just loaded it or attached to it."""
+        if problem := self._problem(self._on_nodes()):
+            logger.warning("%s", problem)
+
+    def _problem(self, on_nodes: float | None) -> str:
+        if not self._is_bound or (on_nodes is not None and on_nodes >= ENOUGH):
+            return ""
+        what = f"weights {self._weights.path}"
+        if wrong := why_unbound(sorted(self._nodes)):
+            return f"{what} cannot be bound ({'; '.join(wrong.values())}): {BIND_CURE}"
+        if on_nodes is None:
+            return ""
+        return (
+            f"{what} lie on their node with {100 * on_nodes:.0f} % of their pages only: stop the server, remove them "
+            "(`numoe weights rm`), and start it again"
+        )
 
     def _on_nodes(self) -> float | None:
         if not self._nodes:

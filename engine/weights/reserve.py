@@ -59,7 +59,7 @@ def reserve(
 
 def _bind(address: int, nbytes: int, nodes: tuple[int, ...]) -> None:
     if nodes:
-        with contextlib.suppress(OSError):  # a kernel without NUMA
+        with contextlib.suppress(OSError):  # no NUMA, or a container that forbids it: `SliceReporter` finds out
             bind_memory(address, nbytes, *nodes)
 
 

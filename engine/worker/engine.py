@@ -23,6 +23,7 @@ from numoe.engine.scheduler import Batch, Scheduler
 from numoe.engine.store.manifest import Origin
 from numoe.engine.worker.caching import Caching
 from numoe.engine.worker.options import Forward
+from numoe.engine.worker.pulse import Pulse
 from numoe.engine.worker.slots import SlotOperations
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class Engine:
         self._changed = threading.Condition()
         self._caching = Caching(scheduler, self._changed, forward.pages, ram, tier, origin)
         self.slots = SlotOperations(scheduler, self._changed, self._caching, emit)
-        self._stepping = False
+        self._stepping, self._pulse = False, Pulse()
         self._written: list[int] = []  # pages, by the step under way
         self._unsent: list[Event] = []
         self._stopping = False
@@ -98,6 +99,14 @@ class Engine:
         """What is running, what waits, and where the last step's time went."""
         with self._changed:
             return self._scheduler.status(self._steps, dict(self._step_ms), self._caching.status())
+
+    def why_stuck(self) -> str:
+        """Why the loop is to be taken for hung, empty if it is not.
+
+        Where nobody answers at all, somebody has kept the lock.
+        """
+        with self._changed:
+            return self._pulse.why_stuck()
 
     def resume(self) -> int:
         """Offer the conversations again that an earlier server left in the store; how many there are."""
@@ -148,6 +157,7 @@ class Engine:
             try:
                 self._step(batch)
             finally:  # `stop` waits for this, whatever went wrong
+                self._pulse.end()
                 with self._changed:
                     self._stepping = False
                     self._changed.notify_all()
@@ -195,6 +205,7 @@ class Engine:
         """
         until = time.monotonic() + _RETURN_S
         while True:
+            self._pulse.begin(len(batch.token_ids))
             try:
                 return batch, self._forward.run(batch, self._send)
             except LateShardError as error:

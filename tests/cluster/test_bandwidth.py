@@ -5,6 +5,8 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,25 @@ def test_this_host_is_measured_once() -> None:
     assert steps == [(1, 1)]
     assert bandwidth(topology) == remembered(topology) == first
     assert bandwidth(topology, again=True).measured > first.measured
+
+
+def test_of_two_who_ask_at_once_one_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together they would find half of it."""
+    both, measured = threading.Barrier(2), list[Bandwidth]()
+
+    def measure(*_: object) -> Bandwidth:
+        measured.append(Bandwidth(measured=len(measured), reads=()))
+        time.sleep(0.1)
+        return measured[-1]
+
+    def ask(_: int) -> Bandwidth:
+        both.wait()
+        return bandwidth(Topology(nodes=(node(0, CPU),)))
+
+    monkeypatch.setattr(measuring, "measure", measure)
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(ask, range(2)))
+    assert found == measured * 2
 
 
 def test_what_is_remembered_is_of_this_host_only(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from numoe.engine.weights import hold_weights, is_loaded, media
 from numoe.engine.worker.kv_pool import KvPool
 from numoe.engine.worker.options import ForwardOptions, SharedWeights
 from numoe.engine.worker.weights import DenseWeights
+from tests.cluster.hosts import write
 from tests.models import make_model
 
 TWO_NODES = Topology(
@@ -26,6 +27,7 @@ TWO_NODES = Topology(
         for number, cpus in enumerate(((0, 1, 2), (4, 5, 6)))
     )
 )
+ONE_NODE = Topology(nodes=TWO_NODES.nodes[:1])
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,60 @@ def test_missing_memory_is_named(model: Path) -> None:
         check_memory(placed, available=placed.total_bytes - 500_000_000, shared=1 << 40)
     with pytest.raises(ResourceError, match=r"shared memory.*--shm-size"):
         check_memory(placed, available=1 << 40, shared=placed.shared_bytes - 1)
+
+
+def set_aside(root: Path, monkeypatch: pytest.MonkeyPatch, *pages: int) -> None:
+    """Huge pages of 2 MiB, so many free on each node."""
+    folder = "hugepages/hugepages-2048kB"
+    for number, free in enumerate(pages):
+        write(root, f"/node{number}/{folder}/free_hugepages", str(free))
+    write(root, f"/{folder}/free_hugepages", str(sum(pages)))
+    monkeypatch.setattr(media, "_HUGE", root / "hugepages")
+    monkeypatch.setattr(media, "_NODES", root)
+    monkeypatch.setattr(media, "huge_media", lambda: iter([media.Medium("hugetlbfs", root / "huge", 2 << 20)]))
+
+
+@pytest.mark.parametrize(
+    ("topology", "pages", "missing"),
+    [
+        # Each shard takes two pages of its node, and attention, on any node, one, which it gets first.
+        (TWO_NODES, (3, 3), 0), (TWO_NODES, (3, 2), 1), (TWO_NODES, (2, 2), 2), (TWO_NODES, (0, 0), 3),
+        # The one shard takes three.
+        (ONE_NODE, (4,), 0), (ONE_NODE, (3,), 1), (ONE_NODE, (0,), 2),
+    ],
+)  # fmt: skip
+def test_huge_pages_are_given_out_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    topology: Topology, pages: tuple[int, ...], missing: int,
+) -> None:  # fmt: skip
+    placed = plan(model, topology)
+    set_aside(tmp_path, monkeypatch, *pages)
+    left = sorted(placed.slices.values())[len(placed.slices) - missing :]
+    needed = sum(left) + placed.mailbox.nbytes
+    check_memory(placed, available=1 << 40, shared=needed)
+    with pytest.raises(ResourceError, match="shared memory"):
+        check_memory(placed, available=1 << 40, shared=needed - 1)
+
+
+def test_what_belongs_on_a_node_is_counted_together(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two shards on each node, and its half of attention's weights."""
+    set_aside(tmp_path, monkeypatch, 0, 0)
+    placed = plan(model, shards=4)
+    wanted = [sum(shard.nbytes for shard in placed.shards[at : at + 2]) + placed.dense_bytes // 2 for at in (0, 2)]
+
+    def check(*kilobytes: int) -> None:
+        for number, free in enumerate(kilobytes):
+            write(tmp_path, f"/node{number}/meminfo", f"Node {number} MemFree: {free} kB\n")
+        check_memory(placed, available=1 << 40, shared=1 << 40)
+
+    enough = [-(-nbytes // 1024) for nbytes in wanted]
+    check(*enough)
+    with pytest.raises(ResourceError, match="on node 0, "):
+        check(enough[0] - 1, enough[1])
+    with pytest.raises(ResourceError, match="on node 1, "):
+        check(enough[0], enough[1] - 1)
 
 
 @pytest.mark.parametrize("options", [{}, {"attn_type": "Q8_0", "experts_type": "IQ4_XS", "embd_type": "Q6_K"}])

@@ -138,6 +138,7 @@ def test_status_shows_the_server() -> None:
                 "ran_on": [0, 1, 2, 5],
                 "read_bytes_per_second": 40e9,
                 "bandwidth_share": 0.8,
+                "problem": "they lie elsewhere: move them",
             },
         }
         assert values["actors"][0]["placement"] is None
@@ -148,7 +149,7 @@ def test_status_shows_the_server() -> None:
         assert values["queue"] == {"queued": 2, "limit": 64, "streams": 0}
         shown = server.run("status")
         assert shown.returncode == 0
-        for word in ("hugetlbfs", "0-2,5", "40.0", "80 %"):
+        for word in ("hugetlbfs", "0-2,5", "40.0", "80 %", "they lie elsewhere"):
             assert word in shown.stdout
         for word in ("gateway", "expert", "restarting", "tiny", "decode", "s3://bucket/prefix", "it is full", "chat"):
             assert word in shown.stdout

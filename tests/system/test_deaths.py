@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -24,12 +25,20 @@ FLAGS = ("--parallel", STREAMS + 2, "--shards", 2, "--chunk", 32, "--ctx-size", 
 
 @pytest.fixture(scope="module")
 def lasting(tiny_model: Path) -> Iterator[ServeProcess]:
-    """A server that sees many deaths; at last its supervisor's, and can be stopped all the same."""
+    """A server that sees many deaths; at last its supervisor's, twice while it is stopped: it ends all the same."""
     server = ServeProcess(tiny_model, *FLAGS)
     yield server
+    streams = Streams(server.address, [varied(number) for number in range(STREAMS)])
+    streams.started(STREAMS)
     strike(server, "supervisor", KILL)
-    result = numoe("stop", "--address", server.address)
+    with ThreadPoolExecutor() as pool:
+        stopping = pool.submit(numoe, "stop", "--address", server.address)
+        while actors(server, "supervisor")[0]["state"] != "draining":
+            assert not stopping.done()
+        strike(server, "supervisor", KILL)
+        result = stopping.result()
     assert result.returncode == 0, result.stderr
+    assert [told.error for told in streams.join()] == [None] * STREAMS, "they had the time that they were given"
     code, errors = server.stop()
     assert code == 0, errors
     assert server.left_over() == []

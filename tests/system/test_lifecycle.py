@@ -153,6 +153,12 @@ def test_a_running_ray_cluster_is_used_and_left_running(server: ServeProcess, ti
         code, errors = joined.stop()
         assert code == 0, errors
         assert joined.left_over() == []
+        orphaned = ServeProcess(tiny_model)
+        orphaned.process.kill()
+        orphaned.process.communicate(timeout=20)
+        result = numoe("stop", "--address", orphaned.address)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert orphaned.left_over() == []
         assert head.poll() is None
         assert "gcs_server" in {process.name() for process in psutil.Process(head.pid).children()}
     assert server.generate("hello", "--max-tokens", 3)["token_ids"]  # whose own Ray is another

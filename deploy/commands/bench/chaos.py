@@ -9,13 +9,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from numoe.deploy.answers import Answer
-from numoe.deploy.client import Client
+from numoe.deploy.commands.bench.concurrency import percentile
 from numoe.deploy.commands.placement import ANYWHERE, Placement
 from numoe.deploy.console import one_line_errors
 from numoe.engine.errors import InputError, NumoeError, UnavailableError
@@ -23,13 +21,13 @@ from numoe.v1 import generation_pb2 as pb
 
 if TYPE_CHECKING:
     from numoe.deploy.cluster import Server
+    from numoe.deploy.commands.bench.repeats import Repeats
     from numoe.deploy.commands.bench.strikes import Strike
 
 _PROMPT = "Tell the story number {} again, from its very beginning and with every detail."
 _PROMPT_TOKENS = 256  # more than it has
-_RETRY_S = 0.1
-_PAUSE_S = 0.3  # what counts as one
-_GATEWAY_S = 60.0  # in which a struck one is there again
+_PROMISED_S = 3.0
+"""No stream should pause for longer after one strike."""
 
 
 def chaos(
@@ -47,16 +45,20 @@ def chaos(
 
     A server is started, and the answers of all streams are recorded undisturbed. Then they are asked for
     again and again, while SIGKILL or SIGSTOP hits one process after the other: shards, the attention worker,
-    the gateway, the supervisor. Every answer must be the recorded one, token by token. Only a killed gateway may
-    end a stream, as UNAVAILABLE; then it is asked for again. At the end nothing may be left: no process, no shared
-    memory, and in the mailbox no waiter that does not exist.
+    the gateway, the supervisor. Every answer must be the recorded one, token by token and in its text. Only a struck
+    gateway may end a stream, as UNAVAILABLE, and only one that was under way or that began before another gateway
+    answered, 20 s later at most; then it is asked for again. Before and after the strikes the server may have no
+    process, file or waiter that is not its own, and after its end nothing may be left of it.
+
+    Every fifth strike is alone: all processes run before it, and no other follows for 6 s. The pauses after these
+    are reported apart.
 
     Parameters
     ----------
     model
         A GGUF file.
     minutes
-        How long the strikes go on; there are about 36 a minute.
+        How long the strikes go on; there are about 22 a minute.
     seed
         Of the choice of processes, signals and moments.
     streams
@@ -70,6 +72,7 @@ def chaos(
 
     """
     from numoe.cluster.endpoint import ANY_PORT
+    from numoe.deploy.commands.bench.repeats import CALM_DEADLINE_S, Absences, Repeats, ask
     from numoe.deploy.commands.bench.strikes import Strike, Victims, strike_at_random
     from numoe.deploy.launch import running_server
     from numoe.deploy.signals import StopSignals
@@ -81,20 +84,26 @@ def chaos(
         options = placement.plan_options(context=_PROMPT_TOKENS + max_tokens, slots=streams)
         with StopSignals(), running_server(model, options, ANY_PORT) as server, _watched(server) as down:
             victims, strikes = Victims(server.instance, server.plan), list[Strike]()
-            victims.look()
-            requests = [_request(number, max_tokens) for number in range(streams)]
+            requests, absences = [_request(number, max_tokens) for number in range(streams)], Absences(strikes)
             with ThreadPoolExecutor(streams, "numoe-chaos") as pool:
-                want = list(pool.map(lambda request: _ask(server.address, request)[0].token_ids, requests))
-                tries = [_Tries(server.address, *pair, strikes, down) for pair in zip(requests, want, strict=True)]
-                readers = [pool.submit(each.repeat) for each in tries]
+                start = time.monotonic()
+                calm = list(pool.map(lambda request: ask(server.address, request, CALM_DEADLINE_S)[0], requests))
+                calm_s = time.monotonic() - start
+                left = [f"before any strike: {what}" for what in victims.strays()]
+                repeats = [
+                    Repeats(server.address, *pair, calm_s, absences, down) for pair in zip(requests, calm, strict=True)
+                ]
+                readers = [pool.submit(each.run) for each in repeats]
                 strike_at_random(victims, strikes, seed, time.monotonic() + 60 * minutes, down)
-                for each in tries:
+                for each in repeats:
                     each.done = True
                 for reader in readers:
                     reader.result()
-            victims.look()
-            left = [] if down.is_set() else victims.waiters()
-        report = _report(strikes, tries, left + victims.left_over())
+            if not down.is_set():
+                left += victims.strays()
+                server.close()
+            left += victims.left_over()  # now: the end of Ray takes with it what should have ended before
+        report = _report(strikes, repeats, left)
         print(json.dumps(report) if json_output else _text(report), flush=True)
     return 1 if report["wrong"] or report["left"] else 0
 
@@ -105,67 +114,6 @@ def _request(number: int, max_tokens: int) -> pb.GenerateRequest:
         sampling = pb.SamplingOptions(temperature=0.9, top_p=0.95, seed=number, repetition_penalty=1.1)
     stopping = pb.StopOptions(max_tokens=max_tokens, ignore_eos=True)
     return pb.GenerateRequest(text=_PROMPT.format(number), sampling=sampling, stopping=stopping)
-
-
-def _ask(
-    address: str, request: pb.GenerateRequest, since: float | None = None
-) -> tuple[Answer, list[tuple[float, float]]]:
-    """An answer, and its pauses: when each ended, `time.monotonic`, and its seconds.
-
-    since: when the stream was lost that this one goes on for.
-    """
-    answer, pauses, last = Answer(), list[tuple[float, float]](), since or time.monotonic()
-    with Client(address) as client:
-        for response in client.generate(request):
-            answer.add(response)
-            now = time.monotonic()
-            if now - last > _PAUSE_S:
-                pauses.append((now, now - last))
-            last = now
-    return answer, pauses
-
-
-class _Tries:
-    """One stream, asked for again and again until it is `done`."""
-
-    def __init__(
-        self, address: str, request: pb.GenerateRequest, want: Sequence[int],
-        strikes: list[Strike], down: threading.Event,
-    ) -> None:  # fmt: skip
-        self._address, self._request, self._want, self._strikes, self._down = address, request, want, strikes, down
-        self.equal, self.lost, self.wrong = 0, 0, list[str]()
-        self.pauses: list[tuple[float, float]] = []
-        self.done = False
-
-    def repeat(self) -> None:
-        """Ask, and compare, at least once more when `done` is set, so that what was struck last is looked at, too."""
-        last, lost_at = False, None
-        while not (last or self._down.is_set()):
-            last, start = self.done, time.monotonic()
-            try:
-                answer, pauses = _ask(self._address, self._request, lost_at)
-            except NumoeError as error:
-                if isinstance(error, UnavailableError) and self._gateway_was_struck(start):
-                    self.lost += lost_at is None
-                    last, lost_at = False, lost_at or time.monotonic()
-                    time.sleep(_RETRY_S)
-                else:
-                    self.wrong.append(str(error))
-            else:
-                lost_at = None
-                self.pauses += pauses
-                if answer.token_ids == self._want:
-                    self.equal += 1
-                else:
-                    self.wrong.append(_difference(answer.token_ids, self._want))
-
-    def _gateway_was_struck(self, start: float) -> bool:
-        return any(strike.role == "gateway" and strike.at > start - _GATEWAY_S for strike in list(self._strikes))
-
-
-def _difference(found: Sequence[int], want: Sequence[int]) -> str:
-    same = next((n for n, pair in enumerate(zip(found, want, strict=False)) if pair[0] != pair[1]), len(found))
-    return f"of {len(found)} tokens the first {same} are those of the undisturbed answer of {len(want)}"
 
 
 @contextmanager
@@ -194,13 +142,15 @@ def _watched(server: Server) -> Iterator[threading.Event]:
         raise UnavailableError(why[0])
 
 
-def _report(strikes: Sequence[Strike], tries: Sequence[_Tries], left: list[str]) -> dict[str, Any]:
-    """A pause counts for the last strike before it ended; of a stream that was lost, until it was there again."""
+def _report(strikes: Sequence[Strike], repeats: Sequence[Repeats], left: list[str]) -> dict[str, Any]:
+    """What came of it. A pause counts for the first strike in it; that of a lost stream ends when it is there again."""
     pauses: dict[str, list[float]] = {}
-    for ended, seconds in (pause for each in tries for pause in each.pauses):
-        before = [strike.role for strike in strikes if strike.at < ended]
-        if before:
-            pauses.setdefault(before[-1], []).append(seconds)
+    alone: dict[str, list[float]] = {}
+    for pause in (pause for each in repeats for pause in each.pauses):
+        if cause := pause.cause(strikes):
+            pauses.setdefault(cause.role, []).append(pause.seconds)
+            if cause.alone:
+                alone.setdefault(cause.role, []).append(pause.seconds)
     roles = sorted({strike.role for strike in strikes})
     count = Counter((strike.role, strike.how) for strike in strikes)
     return {
@@ -208,26 +158,46 @@ def _report(strikes: Sequence[Strike], tries: Sequence[_Tries], left: list[str])
         "roles": {
             role: {
                 "killed": count[role, "kill"], "stopped": count[role, "stop"],
-                "pause_s_p50": median(pauses[role]) if role in pauses else None,
-                "pause_s_max": max(pauses[role]) if role in pauses else None,
+                **_percentiles(pauses.get(role, [])),
+                "alone": {
+                    "strikes": sum(strike.alone for strike in strikes if strike.role == role),
+                    **_percentiles(alone.get(role, [])),
+                    "pauses_above_3_s": sum(seconds > _PROMISED_S for seconds in alone.get(role, [])),
+                },
             }
             for role in roles
         },
-        "equal": sum(each.equal for each in tries),
-        "lost_with_gateway": sum(each.lost for each in tries),
-        "wrong": [what for each in tries for what in each.wrong],
+        "equal": sum(each.equal for each in repeats),
+        "lost_with_gateway": sum(each.lost for each in repeats),
+        "wrong": [what for each in repeats for what in each.wrong],
         "left": left,
     }  # fmt: skip
 
 
+def _percentiles(seconds: list[float]) -> dict[str, float | None]:
+    return {
+        "pause_s_p50": percentile(seconds, 50),
+        "pause_s_p99": percentile(seconds, 99),
+        "pause_s_max": max(seconds, default=None),
+    }
+
+
 def _text(report: dict[str, Any]) -> str:
-    row = "|{:>11} |{:>7} |{:>8} |{:>10} |{:>10} |"
-    lines = [row.format("process", "killed", "stopped", "pause p50", "longest")]
+    row = "|{:>11} |{:>7} |{:>8} |{:>7} |{:>7} |{:>8} |{:>6} |{:>7} |{:>8} |{:>6} |"
+    names = ("process", "killed", "stopped", "p50", "p99", "longest", "alone", "p50", "longest", "> 3 s")
+    lines = ["pauses of streams, after all strikes and after those that were alone", row.format(*names)]
     for role, of in report["roles"].items():
-        times = ("-" if of[name] is None else f"{of[name]:.2f} s" for name in ("pause_s_p50", "pause_s_max"))
-        lines.append(row.format(role, of["killed"], of["stopped"], *times))
+        alone = of["alone"]
+        times = (_seconds(of[f"pause_s_{name}"]) for name in ("p50", "p99", "max"))
+        alone_times = (_seconds(alone[f"pause_s_{name}"]) for name in ("p50", "max"))
+        counts = alone["strikes"], *alone_times, alone["pauses_above_3_s"]
+        lines.append(row.format(role, of["killed"], of["stopped"], *times, *counts))
     lines.append(
         f"{report['strikes']} strikes; {report['equal']} answers as undisturbed, {len(report['wrong'])} not; "
         f"{report['lost_with_gateway']} streams ended with their gateway, and were asked for again"
     )
     return "\n".join([*lines, *report["wrong"][:10], *(f"left over: {what}" for what in report["left"])])
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} s"

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from numoe.v1 import model_pb2 as numoe_dot_v1_dot_model__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14numoe/v1/admin.proto\x12\x08numoe.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14numoe/v1/model.proto\"\x12\n\x10GetStatusRequest\"\xfb\x02\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.numoe.v1.ServerState\x12\x16\n\x0euptime_seconds\x18\x03 \x01(\x01\x12%\n\x06\x61\x63tors\x18\x04 \x03(\x0b\x32\x15.numoe.v1.ActorStatus\x12\x1e\n\x05model\x18\x05 \x01(\x0b\x32\x0f.numoe.v1.Model\x12#\n\x05slots\x18\x06 \x03(\x0b\x32\x14.numoe.v1.SlotStatus\x12$\n\x05queue\x18\x07 \x01(\x0b\x32\x15.numoe.v1.QueueStatus\x12\x1e\n\x02kv\x18\x08 \x01(\x0b\x32\x12.numoe.v1.KvStatus\x12\'\n\x04step\x18\t \x01(\x0b\x32\x14.numoe.v1.StepStatusH\x00\x88\x01\x01\x12)\n\x05\x63\x61\x63he\x18\n \x01(\x0b\x32\x15.numoe.v1.CacheStatusH\x01\x88\x01\x01\x42\x07\n\x05_stepB\x08\n\x06_cache\"\xe3\x01\n\x0b\x41\x63torStatus\x12!\n\x04role\x18\x01 \x01(\x0e\x32\x13.numoe.v1.ActorRole\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x16\n\tnuma_node\x18\x04 \x01(\rH\x00\x88\x01\x01\x12#\n\x05state\x18\x05 \x01(\x0e\x32\x14.numoe.v1.ActorState\x12\x10\n\x08restarts\x18\x06 \x01(\r\x12+\n\tplacement\x18\x07 \x01(\x0b\x32\x13.numoe.v1.PlacementH\x01\x88\x01\x01\x42\x0c\n\n_numa_nodeB\x0c\n\n_placement\"\x86\x02\n\tPlacement\x12\r\n\x05nodes\x18\x01 \x03(\r\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06memory\x18\x03 \x01(\t\x12\x15\n\x08on_nodes\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\nhuge_pages\x18\x05 \x01(\x01\x12\x0c\n\x04\x63pus\x18\x06 \x03(\r\x12\x0e\n\x06ran_on\x18\x07 \x03(\r\x12\"\n\x15read_bytes_per_second\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\x1c\n\x0f\x62\x61ndwidth_share\x18\t \x01(\x01H\x02\x88\x01\x01\x42\x0b\n\t_on_nodesB\x18\n\x16_read_bytes_per_secondB\x12\n\x10_bandwidth_share\"\xeb\x01\n\nSlotStatus\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\"\n\x05state\x18\x02 \x01(\x0e\x32\x13.numoe.v1.SlotState\x12\x17\n\nrequest_id\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12\x10\n\x08\x63omputed\x18\x05 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x06 \x01(\r\x12\x15\n\x08snapshot\x18\x07 \x01(\tH\x01\x88\x01\x01\x12-\n\tlast_used\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\r\n\x0b_request_idB\x0b\n\t_snapshot\"=\n\x0bQueueStatus\x12\x0e\n\x06queued\x18\x01 \x01(\r\x12\r\n\x05limit\x18\x02 \x01(\r\x12\x0f\n\x07streams\x18\x03 \x01(\r\"I\n\x08KvStatus\x12\x12\n\npages_used\x18\x01 \x01(\r\x12\x13\n\x0bpages_total\x18\x02 \x01(\r\x12\x14\n\x0cpages_cached\x18\x03 \x01(\r\"\xce\x02\n\x0b\x43\x61\x63heStatus\x12\x11\n\tram_bytes\x18\x01 \x01(\x04\x12\x17\n\x0fram_limit_bytes\x18\x02 \x01(\x04\x12\x16\n\tstore_url\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x0bstore_bytes\x18\x04 \x01(\x04\x12\x1e\n\x11store_limit_bytes\x18\x05 \x01(\x04H\x01\x88\x01\x01\x12\x16\n\x0epending_chunks\x18\x06 \x01(\r\x12\x16\n\x0e\x64ropped_chunks\x18\x07 \x01(\x04\x12\x12\n\nhits_pages\x18\x08 \x01(\x04\x12\x10\n\x08hits_ram\x18\t \x01(\x04\x12\x12\n\nhits_store\x18\n \x01(\x04\x12\x0e\n\x06misses\x18\x0b \x01(\x04\x12\x18\n\x0bstore_error\x18\x0c \x01(\tH\x02\x88\x01\x01\x42\x0c\n\n_store_urlB\x14\n\x12_store_limit_bytesB\x0e\n\x0c_store_error\"}\n\nStepStatus\x12\r\n\x05steps\x18\x01 \x01(\x04\x12\x31\n\x07last_ms\x18\x02 \x03(\x0b\x32 .numoe.v1.StepStatus.LastMsEntry\x1a-\n\x0bLastMsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"Z\n\x0fShutdownRequest\x12\x31\n\x0e\x64rain_deadline\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0ckeep_weights\x18\x02 \x01(\x08\"#\n\x10ShutdownResponse\x12\x0f\n\x07streams\x18\x01 \x01(\r*{\n\x0bServerState\x12\x1c\n\x18SERVER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVER_STATE_STARTING\x10\x01\x12\x18\n\x14SERVER_STATE_SERVING\x10\x02\x12\x19\n\x15SERVER_STATE_DRAINING\x10\x03*\x8b\x01\n\tActorRole\x12\x1a\n\x16\x41\x43TOR_ROLE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41\x43TOR_ROLE_GATEWAY\x10\x01\x12\x18\n\x14\x41\x43TOR_ROLE_ATTENTION\x10\x02\x12\x15\n\x11\x41\x43TOR_ROLE_EXPERT\x10\x03\x12\x19\n\x15\x41\x43TOR_ROLE_SUPERVISOR\x10\x04*\xa8\x01\n\nActorState\x12\x1b\n\x17\x41\x43TOR_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41\x43TOR_STATE_STARTING\x10\x01\x12\x17\n\x13\x41\x43TOR_STATE_RUNNING\x10\x02\x12\x1a\n\x16\x41\x43TOR_STATE_RESTARTING\x10\x03\x12\x18\n\x14\x41\x43TOR_STATE_DRAINING\x10\x04\x12\x14\n\x10\x41\x43TOR_STATE_DEAD\x10\x05*\xb4\x01\n\tSlotState\x12\x1a\n\x16SLOT_STATE_UNSPECIFIED\x10\x00\x12\x13\n\x0fSLOT_STATE_IDLE\x10\x01\x12\x16\n\x12SLOT_STATE_PREFILL\x10\x02\x12\x15\n\x11SLOT_STATE_DECODE\x10\x03\x12\x16\n\x12SLOT_STATE_LOADING\x10\x04\x12\x15\n\x11SLOT_STATE_SAVING\x10\x05\x12\x18\n\x14SLOT_STATE_RESTORING\x10\x06\x32\x97\x01\n\x0c\x41\x64minService\x12\x44\n\tGetStatus\x12\x1a.numoe.v1.GetStatusRequest\x1a\x1b.numoe.v1.GetStatusResponse\x12\x41\n\x08Shutdown\x12\x19.numoe.v1.ShutdownRequest\x1a\x1a.numoe.v1.ShutdownResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14numoe/v1/admin.proto\x12\x08numoe.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14numoe/v1/model.proto\"\x12\n\x10GetStatusRequest\"\xfb\x02\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.numoe.v1.ServerState\x12\x16\n\x0euptime_seconds\x18\x03 \x01(\x01\x12%\n\x06\x61\x63tors\x18\x04 \x03(\x0b\x32\x15.numoe.v1.ActorStatus\x12\x1e\n\x05model\x18\x05 \x01(\x0b\x32\x0f.numoe.v1.Model\x12#\n\x05slots\x18\x06 \x03(\x0b\x32\x14.numoe.v1.SlotStatus\x12$\n\x05queue\x18\x07 \x01(\x0b\x32\x15.numoe.v1.QueueStatus\x12\x1e\n\x02kv\x18\x08 \x01(\x0b\x32\x12.numoe.v1.KvStatus\x12\'\n\x04step\x18\t \x01(\x0b\x32\x14.numoe.v1.StepStatusH\x00\x88\x01\x01\x12)\n\x05\x63\x61\x63he\x18\n \x01(\x0b\x32\x15.numoe.v1.CacheStatusH\x01\x88\x01\x01\x42\x07\n\x05_stepB\x08\n\x06_cache\"\xe3\x01\n\x0b\x41\x63torStatus\x12!\n\x04role\x18\x01 \x01(\x0e\x32\x13.numoe.v1.ActorRole\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x16\n\tnuma_node\x18\x04 \x01(\rH\x00\x88\x01\x01\x12#\n\x05state\x18\x05 \x01(\x0e\x32\x14.numoe.v1.ActorState\x12\x10\n\x08restarts\x18\x06 \x01(\r\x12+\n\tplacement\x18\x07 \x01(\x0b\x32\x13.numoe.v1.PlacementH\x01\x88\x01\x01\x42\x0c\n\n_numa_nodeB\x0c\n\n_placement\"\xa8\x02\n\tPlacement\x12\r\n\x05nodes\x18\x01 \x03(\r\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06memory\x18\x03 \x01(\t\x12\x15\n\x08on_nodes\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\nhuge_pages\x18\x05 \x01(\x01\x12\x0c\n\x04\x63pus\x18\x06 \x03(\r\x12\x0e\n\x06ran_on\x18\x07 \x03(\r\x12\"\n\x15read_bytes_per_second\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\x1c\n\x0f\x62\x61ndwidth_share\x18\t \x01(\x01H\x02\x88\x01\x01\x12\x14\n\x07problem\x18\n \x01(\tH\x03\x88\x01\x01\x42\x0b\n\t_on_nodesB\x18\n\x16_read_bytes_per_secondB\x12\n\x10_bandwidth_shareB\n\n\x08_problem\"\xeb\x01\n\nSlotStatus\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\"\n\x05state\x18\x02 \x01(\x0e\x32\x13.numoe.v1.SlotState\x12\x17\n\nrequest_id\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x06tokens\x18\x04 \x01(\r\x12\x10\n\x08\x63omputed\x18\x05 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x06 \x01(\r\x12\x15\n\x08snapshot\x18\x07 \x01(\tH\x01\x88\x01\x01\x12-\n\tlast_used\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\r\n\x0b_request_idB\x0b\n\t_snapshot\"=\n\x0bQueueStatus\x12\x0e\n\x06queued\x18\x01 \x01(\r\x12\r\n\x05limit\x18\x02 \x01(\r\x12\x0f\n\x07streams\x18\x03 \x01(\r\"I\n\x08KvStatus\x12\x12\n\npages_used\x18\x01 \x01(\r\x12\x13\n\x0bpages_total\x18\x02 \x01(\r\x12\x14\n\x0cpages_cached\x18\x03 \x01(\r\"\xce\x02\n\x0b\x43\x61\x63heStatus\x12\x11\n\tram_bytes\x18\x01 \x01(\x04\x12\x17\n\x0fram_limit_bytes\x18\x02 \x01(\x04\x12\x16\n\tstore_url\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x0bstore_bytes\x18\x04 \x01(\x04\x12\x1e\n\x11store_limit_bytes\x18\x05 \x01(\x04H\x01\x88\x01\x01\x12\x16\n\x0epending_chunks\x18\x06 \x01(\r\x12\x16\n\x0e\x64ropped_chunks\x18\x07 \x01(\x04\x12\x12\n\nhits_pages\x18\x08 \x01(\x04\x12\x10\n\x08hits_ram\x18\t \x01(\x04\x12\x12\n\nhits_store\x18\n \x01(\x04\x12\x0e\n\x06misses\x18\x0b \x01(\x04\x12\x18\n\x0bstore_error\x18\x0c \x01(\tH\x02\x88\x01\x01\x42\x0c\n\n_store_urlB\x14\n\x12_store_limit_bytesB\x0e\n\x0c_store_error\"}\n\nStepStatus\x12\r\n\x05steps\x18\x01 \x01(\x04\x12\x31\n\x07last_ms\x18\x02 \x03(\x0b\x32 .numoe.v1.StepStatus.LastMsEntry\x1a-\n\x0bLastMsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"Z\n\x0fShutdownRequest\x12\x31\n\x0e\x64rain_deadline\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0ckeep_weights\x18\x02 \x01(\x08\"#\n\x10ShutdownResponse\x12\x0f\n\x07streams\x18\x01 \x01(\r*{\n\x0bServerState\x12\x1c\n\x18SERVER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVER_STATE_STARTING\x10\x01\x12\x18\n\x14SERVER_STATE_SERVING\x10\x02\x12\x19\n\x15SERVER_STATE_DRAINING\x10\x03*\x8b\x01\n\tActorRole\x12\x1a\n\x16\x41\x43TOR_ROLE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41\x43TOR_ROLE_GATEWAY\x10\x01\x12\x18\n\x14\x41\x43TOR_ROLE_ATTENTION\x10\x02\x12\x15\n\x11\x41\x43TOR_ROLE_EXPERT\x10\x03\x12\x19\n\x15\x41\x43TOR_ROLE_SUPERVISOR\x10\x04*\xa8\x01\n\nActorState\x12\x1b\n\x17\x41\x43TOR_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41\x43TOR_STATE_STARTING\x10\x01\x12\x17\n\x13\x41\x43TOR_STATE_RUNNING\x10\x02\x12\x1a\n\x16\x41\x43TOR_STATE_RESTARTING\x10\x03\x12\x18\n\x14\x41\x43TOR_STATE_DRAINING\x10\x04\x12\x14\n\x10\x41\x43TOR_STATE_DEAD\x10\x05*\xb4\x01\n\tSlotState\x12\x1a\n\x16SLOT_STATE_UNSPECIFIED\x10\x00\x12\x13\n\x0fSLOT_STATE_IDLE\x10\x01\x12\x16\n\x12SLOT_STATE_PREFILL\x10\x02\x12\x15\n\x11SLOT_STATE_DECODE\x10\x03\x12\x16\n\x12SLOT_STATE_LOADING\x10\x04\x12\x15\n\x11SLOT_STATE_SAVING\x10\x05\x12\x18\n\x14SLOT_STATE_RESTORING\x10\x06\x32\x97\x01\n\x0c\x41\x64minService\x12\x44\n\tGetStatus\x12\x1a.numoe.v1.GetStatusRequest\x1a\x1b.numoe.v1.GetStatusResponse\x12\x41\n\x08Shutdown\x12\x19.numoe.v1.ShutdownRequest\x1a\x1a.numoe.v1.ShutdownResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,14 +36,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_STEPSTATUS_LASTMSENTRY']._loaded_options = None
   _globals['_STEPSTATUS_LASTMSENTRY']._serialized_options = b'8\001'
-  _globals['_SERVERSTATE']._serialized_start=1987
-  _globals['_SERVERSTATE']._serialized_end=2110
-  _globals['_ACTORROLE']._serialized_start=2113
-  _globals['_ACTORROLE']._serialized_end=2252
-  _globals['_ACTORSTATE']._serialized_start=2255
-  _globals['_ACTORSTATE']._serialized_end=2423
-  _globals['_SLOTSTATE']._serialized_start=2426
-  _globals['_SLOTSTATE']._serialized_end=2606
+  _globals['_SERVERSTATE']._serialized_start=2021
+  _globals['_SERVERSTATE']._serialized_end=2144
+  _globals['_ACTORROLE']._serialized_start=2147
+  _globals['_ACTORROLE']._serialized_end=2286
+  _globals['_ACTORSTATE']._serialized_start=2289
+  _globals['_ACTORSTATE']._serialized_end=2457
+  _globals['_SLOTSTATE']._serialized_start=2460
+  _globals['_SLOTSTATE']._serialized_end=2640
   _globals['_GETSTATUSREQUEST']._serialized_start=121
   _globals['_GETSTATUSREQUEST']._serialized_end=139
   _globals['_GETSTATUSRESPONSE']._serialized_start=142
@@ -51,23 +51,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ACTORSTATUS']._serialized_start=524
   _globals['_ACTORSTATUS']._serialized_end=751
   _globals['_PLACEMENT']._serialized_start=754
-  _globals['_PLACEMENT']._serialized_end=1016
-  _globals['_SLOTSTATUS']._serialized_start=1019
-  _globals['_SLOTSTATUS']._serialized_end=1254
-  _globals['_QUEUESTATUS']._serialized_start=1256
-  _globals['_QUEUESTATUS']._serialized_end=1317
-  _globals['_KVSTATUS']._serialized_start=1319
-  _globals['_KVSTATUS']._serialized_end=1392
-  _globals['_CACHESTATUS']._serialized_start=1395
-  _globals['_CACHESTATUS']._serialized_end=1729
-  _globals['_STEPSTATUS']._serialized_start=1731
-  _globals['_STEPSTATUS']._serialized_end=1856
-  _globals['_STEPSTATUS_LASTMSENTRY']._serialized_start=1811
-  _globals['_STEPSTATUS_LASTMSENTRY']._serialized_end=1856
-  _globals['_SHUTDOWNREQUEST']._serialized_start=1858
-  _globals['_SHUTDOWNREQUEST']._serialized_end=1948
-  _globals['_SHUTDOWNRESPONSE']._serialized_start=1950
-  _globals['_SHUTDOWNRESPONSE']._serialized_end=1985
-  _globals['_ADMINSERVICE']._serialized_start=2609
-  _globals['_ADMINSERVICE']._serialized_end=2760
+  _globals['_PLACEMENT']._serialized_end=1050
+  _globals['_SLOTSTATUS']._serialized_start=1053
+  _globals['_SLOTSTATUS']._serialized_end=1288
+  _globals['_QUEUESTATUS']._serialized_start=1290
+  _globals['_QUEUESTATUS']._serialized_end=1351
+  _globals['_KVSTATUS']._serialized_start=1353
+  _globals['_KVSTATUS']._serialized_end=1426
+  _globals['_CACHESTATUS']._serialized_start=1429
+  _globals['_CACHESTATUS']._serialized_end=1763
+  _globals['_STEPSTATUS']._serialized_start=1765
+  _globals['_STEPSTATUS']._serialized_end=1890
+  _globals['_STEPSTATUS_LASTMSENTRY']._serialized_start=1845
+  _globals['_STEPSTATUS_LASTMSENTRY']._serialized_end=1890
+  _globals['_SHUTDOWNREQUEST']._serialized_start=1892
+  _globals['_SHUTDOWNREQUEST']._serialized_end=1982
+  _globals['_SHUTDOWNRESPONSE']._serialized_start=1984
+  _globals['_SHUTDOWNRESPONSE']._serialized_end=2019
+  _globals['_ADMINSERVICE']._serialized_start=2643
+  _globals['_ADMINSERVICE']._serialized_end=2794
 # @@protoc_insertion_point(module_scope)

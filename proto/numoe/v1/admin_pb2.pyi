@@ -298,6 +298,7 @@ class Placement(_message.Message):
     RAN_ON_FIELD_NUMBER: _builtins.int
     READ_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
     BANDWIDTH_SHARE_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
     weight_bytes: _builtins.int
     """Bytes of its weights in shared memory."""
     memory: _builtins.str
@@ -310,6 +311,8 @@ class Placement(_message.Message):
     """Bytes of weights that decode steps read in a second of reading. Absent: no step has run, or it reads none."""
     bandwidth_share: _builtins.float
     """The part of what was measured that its nodes' cores can read. Absent: nothing was (`numoe doctor` measures)."""
+    problem: _builtins.str
+    """Why its weights do not lie on its nodes, and what helps. Absent: they do, or may lie anywhere."""
     @_builtins.property
     def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The NUMA nodes that it is bound to. Empty: none."""
@@ -334,21 +337,26 @@ class Placement(_message.Message):
         ran_on: _abc.Iterable[_builtins.int] | None = ...,
         read_bytes_per_second: _builtins.float | None = ...,
         bandwidth_share: _builtins.float | None = ...,
+        problem: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_bandwidth_share", b"_bandwidth_share", "_on_nodes", b"_on_nodes", "_read_bytes_per_second", b"_read_bytes_per_second", "bandwidth_share", b"bandwidth_share", "on_nodes", b"on_nodes", "read_bytes_per_second", b"read_bytes_per_second"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bandwidth_share", b"_bandwidth_share", "_on_nodes", b"_on_nodes", "_problem", b"_problem", "_read_bytes_per_second", b"_read_bytes_per_second", "bandwidth_share", b"bandwidth_share", "on_nodes", b"on_nodes", "problem", b"problem", "read_bytes_per_second", b"read_bytes_per_second"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bandwidth_share", b"_bandwidth_share", "_on_nodes", b"_on_nodes", "_read_bytes_per_second", b"_read_bytes_per_second", "bandwidth_share", b"bandwidth_share", "cpus", b"cpus", "huge_pages", b"huge_pages", "memory", b"memory", "nodes", b"nodes", "on_nodes", b"on_nodes", "ran_on", b"ran_on", "read_bytes_per_second", b"read_bytes_per_second", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bandwidth_share", b"_bandwidth_share", "_on_nodes", b"_on_nodes", "_problem", b"_problem", "_read_bytes_per_second", b"_read_bytes_per_second", "bandwidth_share", b"bandwidth_share", "cpus", b"cpus", "huge_pages", b"huge_pages", "memory", b"memory", "nodes", b"nodes", "on_nodes", b"on_nodes", "problem", b"problem", "ran_on", b"ran_on", "read_bytes_per_second", b"read_bytes_per_second", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bandwidth_share: _TypeAlias = _typing.Literal["bandwidth_share"]  # noqa: Y015
     _WhichOneofArgType__bandwidth_share: _TypeAlias = _typing.Literal["_bandwidth_share", b"_bandwidth_share"]  # noqa: Y015
     _WhichOneofReturnType__on_nodes: _TypeAlias = _typing.Literal["on_nodes"]  # noqa: Y015
     _WhichOneofArgType__on_nodes: _TypeAlias = _typing.Literal["_on_nodes", b"_on_nodes"]  # noqa: Y015
+    _WhichOneofReturnType__problem: _TypeAlias = _typing.Literal["problem"]  # noqa: Y015
+    _WhichOneofArgType__problem: _TypeAlias = _typing.Literal["_problem", b"_problem"]  # noqa: Y015
     _WhichOneofReturnType__read_bytes_per_second: _TypeAlias = _typing.Literal["read_bytes_per_second"]  # noqa: Y015
     _WhichOneofArgType__read_bytes_per_second: _TypeAlias = _typing.Literal["_read_bytes_per_second", b"_read_bytes_per_second"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__bandwidth_share) -> _WhichOneofReturnType__bandwidth_share | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__on_nodes) -> _WhichOneofReturnType__on_nodes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__problem) -> _WhichOneofReturnType__problem | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__read_bytes_per_second) -> _WhichOneofReturnType__read_bytes_per_second | None: ...
 

@@ -10,14 +10,21 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 
-from numoe.cluster.cores import Seating
+from numoe.actors.gateway.admin import actor_message
+from numoe.actors.placement import describe, reporter_of
+from numoe.cluster.cores import Seating, Seats
+from numoe.cluster.status import ActorInfo
 from numoe.cluster.topology import Topology
+from numoe.deploy.placements import placement_json
 from numoe.engine.errors import NumoeError
 from numoe.engine.gguf import GgufFile
 from numoe.engine.numa import Pins, huge_share, last_cpus
@@ -48,6 +55,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, GgufFile.open(vectors(Path(folder) / "m.gguf")) as model:
         found["plain"] = [load(model, f"shard-{i}", seats.memory, seats.cpus) for i, seats in enumerate(shards)]
         found["attached"] = attached(model, "shard-1", (1,))
+        found["status"] = [status(model, f"shard-{i}", seats) for i, seats in enumerate(shards)]
+        found["misplaced"] = misplaced(model, shards[0])
         found["spread"] = load(model, "dense", (0, 1), ())
         found["full"] = refused(model)
         for cut, nodes in (("shard-0", (0,)), ("shard-1", (1,)), ("dense", (0, 1))):
@@ -104,10 +113,11 @@ def attached(model: GgufFile, cut: str, nodes: tuple[int, ...]) -> dict[str, Any
 
 def described(weights: WeightSlice, nodes: tuple[int, ...]) -> dict[str, Any]:
     """What numoe and the kernel say about a slice."""
-    report, path = SliceReporter(weights, nodes).report(), weights.path.resolve()
+    report, path = SliceReporter(weights, nodes, bound=True).report(), weights.path.resolve()
     assert report.huge == huge_share(str(path))
     found = {
         "kernel": kernel_pages(path), "on_nodes": report.on_nodes, "medium": report.medium, "huge": report.huge,
+        "problem": report.problem,
     }  # fmt: skip
     weights.close()
     return found
@@ -130,26 +140,55 @@ def refused(model: GgufFile) -> str:
     return ""
 
 
+def status(model: GgufFile, cut: str, seats: Seats) -> dict[str, Any] | None:
+    """What `numoe status --json` has of a shard that attaches to its slice, and whose threads are at work."""
+    weights = WeightSlice.open(key_of(model, cut, seats.memory).path)
+    with working(seats.cpus) as ran_on:
+        placement = describe(seats, reporter_of(weights, seats), ran_on())
+    weights.close()
+    return placement_json(actor_message(ActorInfo(role="expert", pid=1, host="vm", placement=placement)))
+
+
+def misplaced(model: GgufFile, seats: Seats) -> dict[str, Any]:
+    """The same of weights for a node that lie on another, as where they could not be bound."""
+    load(model, "elsewhere", (1,), ())
+    path = key_of(model, "elsewhere", (1,)).path
+    weights = WeightSlice.open(path)
+    report = reporter_of(weights, seats).report()
+    weights.close()
+    remove_slice(path)
+    return {"on_nodes": report.on_nodes, "problem": report.problem}
+
+
 def threads(cpus: tuple[int, ...]) -> list[int]:
     """Where threads run that are pinned to these processors, while there is enough to do."""
-    pins, done, found = Pins(cpus), threading.Event(), []
-    workers = []
+    found = []
+    with working(cpus) as ran_on:
+        for _ in range(20):
+            time.sleep(0.05)
+            found += ran_on()
+    return sorted(set(found[4 * len(cpus) :]))
+
+
+@contextmanager
+def working(cpus: tuple[int, ...]) -> Iterator[Callable[[], list[int]]]:
+    """Threads that are pinned to these processors and work inside the block; tells where each of them ran last."""
+    pins, done, pinned = Pins(cpus), threading.Event(), threading.Barrier(len(cpus) + 1)
 
     def work(number: int) -> None:
         pins.pin(number)
+        pinned.wait()
         while not done.is_set():
             np.ones(1000).sum()
 
-    for number in range(len(cpus)):
-        workers.append(threading.Thread(target=work, args=(number,)))
-        workers[-1].start()
-    for _ in range(20):
-        done.wait(0.05)
-        found += last_cpus([worker.native_id for worker in workers if worker.native_id])
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(len(cpus))]
+    for worker in workers:
+        worker.start()
+    pinned.wait()
+    yield lambda: last_cpus(worker.native_id for worker in workers if worker.native_id)
     done.set()
     for worker in workers:
         worker.join()
-    return sorted(set(found[4 * len(cpus) :]))
 
 
 if __name__ == "__main__":

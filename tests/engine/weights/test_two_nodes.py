@@ -54,13 +54,31 @@ def test_every_page_of_a_slice_is_on_its_node(found: dict[str, Any], node: int) 
     weights = found["plain"][node]
     assert is_on(weights["kernel"], node)
     # Huge pages, although no setting allows them in shared memory: this kernel makes them on request.
-    assert (weights["on_nodes"], weights["medium"]) == (1.0, "transparent")
+    assert (weights["on_nodes"], weights["medium"], weights["problem"]) == (1.0, "transparent", "")
     assert weights["huge"] > 0.99
 
 
 def test_who_attaches_sees_where_the_pages_are(found: dict[str, Any]) -> None:
     assert found["attached"]["on_nodes"] == 1.0
     assert "N0" not in found["attached"]["kernel"]
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_status_shows_that_a_shard_is_on_its_node(found: dict[str, Any], node: int) -> None:
+    """As `numoe status --json` prints it. A whole server takes minutes to come up in this machine."""
+    placement, cpus = found["status"][node], found["nodes"][str(node)]
+    assert placement["nodes"] == [node]
+    assert placement["on_nodes"] >= 0.99
+    assert placement["huge_pages"] > 0.99
+    assert placement["weight_bytes"] == 4096 * PAGES
+    assert placement["problem"] is None
+    assert set(placement["ran_on"]) <= set(cpus)
+    assert placement["cpus"] == placement["ran_on"]
+
+
+def test_status_shows_that_weights_are_on_another_node(found: dict[str, Any]) -> None:
+    assert found["misplaced"]["on_nodes"] == 0.0
+    assert "0 % of their pages" in found["misplaced"]["problem"]
 
 
 def test_what_all_nodes_read_is_spread_over_them(found: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from numoe.engine.experts.mailbox import LateShardError
 from numoe.engine.requests import Finished, GenerationRequest, PrefillProgress, Started, TokenGenerated
 from numoe.engine.sampling import HostLogits
 from numoe.engine.scheduler import Scheduler, SchedulerConfig
+from numoe.engine.worker import pulse
 from numoe.engine.worker.engine import Engine
 from numoe.engine.worker.options import nothing
 
@@ -472,3 +474,36 @@ def test_logits_of_every_position_come_in_chunks(make, chunk):
 def test_logits_of_what_the_model_cannot_take_are_refused(make, ids):
     with pytest.raises(InputError):
         next(make().engine.logits(ids, 4))
+
+
+def test_a_step_that_does_not_end_is_told(loop, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(pulse, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    loop.hold()
+    loop.engine.submit(request())
+    loop.wait_until_held()
+    now[0] = 61.0
+    assert loop.engine.why_stuck() == "", "three rows may take a little more"
+    now[0] = 62.0
+    assert loop.engine.why_stuck() == "has not come to the end of a step of 3 rows for 62 s"
+    loop.release()
+    loop.out.wait_for("a")
+    with loop.engine._changed:  # the step's end is not the loop's
+        now[0] = 1000.0
+    assert loop.engine.why_stuck() == ""
+
+
+def test_a_step_that_is_tried_again_does_not_hang(loop, monkeypatch):
+    now, told, run = [0.0], [], loop.forward.run
+
+    def slow(batch):
+        now[0] += 50.0
+        told.append(loop.engine.why_stuck())
+        return run(batch)
+
+    monkeypatch.setattr(pulse, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(loop.forward, "run", slow)
+    loop.forward.errors += [LateShardError(0)] * 3
+    loop.engine.submit(request(max_tokens=1))
+    loop.out.wait_for("a")
+    assert told == [""] * 4
