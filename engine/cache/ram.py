@@ -39,9 +39,6 @@ class RamTier:
     def __contains__(self, key: bytes) -> bool:
         return key in self._entries
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
     def put(self, key: bytes, data: Buffer, *, waits: bool) -> bool:
         """Keep a chunk; whether there was room. waits: it has to be written to the store."""
         view = memoryview(data).cast("B")

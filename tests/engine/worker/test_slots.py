@@ -17,6 +17,9 @@ from tests.models import make_model
 PROMPT = [(7 * i + i // 11) % 250 for i in range(2 * PAGE_TOKENS + 60)]
 OTHER = [(5 * i + 3) % 250 for i in range(2 * PAGE_TOKENS + 10)]
 
+FULL_CHUNK = 262336
+"""Bytes of the object of a full chunk of this model."""
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -74,6 +77,17 @@ def test_a_prefix_comes_from_memory_and_from_the_store(model: Path, store: Store
         assert server.engine.status().cache.hits_store == 2
         assert server.ask(PROMPT, bypass_cache=True) == (0, answer)
         assert server.ask(PROMPT, cache_salt=b"mine") == (0, answer)
+
+
+def test_host_memory_alone_finds_a_prefix_again(model: Path) -> None:
+    with served(model, None, ram=10 * FULL_CHUNK, n_pages=6, slots=1) as server:
+        assert server.engine._caching.pages.shape(PAGE_TOKENS).object_bytes == FULL_CHUNK
+        for start in range(2):  # fill host memory, and have to leave it again
+            server.ask([(start + i) % 250 for i in range(1300)], max_tokens=1)
+        answer = server.ask(PROMPT)[1]
+        server.ask([(2 + i) % 250 for i in range(1300)], max_tokens=1)  # needs all pages
+        assert server.ask(PROMPT) == (len(PROMPT) - 1, answer)
+        assert server.engine.status().cache.hits_ram == 3
 
 
 def test_equal_chunks_are_stored_once(model: Path, store: Store) -> None:
@@ -211,6 +225,29 @@ def test_a_prompt_cache_in_a_file(model: Path, tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:-10])
         with pytest.raises(DataLossError, match="in the middle"):
             server.engine.slots.load_file(path)
+
+
+def test_a_prompt_cache_file_is_not_replaced_by_less(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with served(model, None, ram=0) as server:
+        text = [*PROMPT, *server.ask(PROMPT, slot=0)[1]]
+        server.engine.slots.save_file(path, all_tokens=True)
+        whole = path.read_bytes()
+        for start in range(2):  # others take its pages: all that is there of it now is its tokens
+            server.ask([(start + i) % 250 for i in range(1300)], max_tokens=1, slot=1)
+        assert server.engine.status().slots[0].cached < len(text) - 1
+        server.engine.slots.save_file(path, all_tokens=True)
+        assert path.read_bytes() == whole
+        server.ask([*text, 9], slot=0)  # goes on, and is there again
+        server.engine.slots.save_file(path, all_tokens=True)
+        report = server.engine.slots.load_file(path, slot=1)
+        assert report is not None
+        assert report.tokens > len(text)
+        server.ask(OTHER, slot=0)  # another conversation is not less of this one
+        server.engine.slots.save_file(path, all_tokens=True)
+        report = server.engine.slots.load_file(path, slot=1)
+        assert report is not None
+        assert report.tokens == len(OTHER) + 8
 
 
 @pytest.mark.parametrize("slots", [1, 2], ids=["slot lost", "slot kept"])
