@@ -152,15 +152,18 @@ class PromptCache:
 
         came = list(self.readers.map(bring, load.keys, load.pages, [PAGE_TOKENS] * len(load.keys)))
         done = next((number for number, good in enumerate(came) if not good), len(came))
-        self.use(load.keys[:done])  # reading has counted the beginning as used first
-        tail = load.tail
-        if tail is None or done < len(load.keys) or load.cancelled:
-            return done, False
-        if tail.source is not None:
-            self._hits["pages"] += 1
-            self.pages.copy_page(tail.source, tail.page)
-            return done, True
-        return done, bring(tail.key, tail.page, tail.chunk_tokens)
+        tail, used = load.tail, (*load.before, *load.keys[:done])
+        tail_came = False
+        if tail is not None and done == len(load.keys) and not load.cancelled:
+            used = (*used, tail.key)
+            if tail.source is not None:
+                self._hits["pages"] += 1
+                self.pages.copy_page(tail.source, tail.page)
+                tail_came = True
+            else:
+                tail_came = bring(tail.key, tail.page, tail.chunk_tokens)
+        self.use(used)  # reading has counted the beginning as used first
+        return done, tail_came
 
     # --- saving -----------------------------------------------------------------------------------
 

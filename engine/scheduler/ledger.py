@@ -74,7 +74,7 @@ class Ledger:
         tail = self._tail(sequence, usable) if len(taken) == len(wanted) else None
         if taken or tail is not None:
             pages = sequence.table.pages[first : first + len(taken)]
-            self._begin_load(sequence, Load(first, tuple(taken), tuple(pages), tail))
+            self._begin_load(sequence, Load(tuple(keys[:first]), tuple(taken), tuple(pages), tail))
 
     def pages_come(self, sequence: Sequence) -> bool:
         """Whether more of what is cached of a sequence can be loaded when pages that are saved come free."""

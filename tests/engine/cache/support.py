@@ -31,6 +31,9 @@ class NoPages:
     def shape(self, tokens: int) -> ChunkShape:
         return ChunkShape(self._kv_type, self._layers, tokens * self._token_bytes, tokens)
 
+    def import_page(self, *_: object) -> None:
+        pass
+
     def borrow(self, *_: object) -> None:
         return None
 

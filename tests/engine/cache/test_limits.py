@@ -18,6 +18,7 @@ from numoe.engine.cache import RamTier, StoreTier
 from numoe.engine.cache.lineage import Lineage
 from numoe.engine.cache.snapshots import Progress
 from numoe.engine.errors import NotFoundError, ResourceError
+from numoe.engine.scheduler.load import Load, Tail
 from numoe.engine.store import Store, open_store
 from numoe.engine.store.keys import chunk_path
 from tests.engine.cache.conftest import Story
@@ -116,6 +117,30 @@ def test_the_store_keeps_its_limit_and_what_snapshots_need(story: Story, open_ag
         saver.snapshots.remove("chat")
         saver.snapshots.save(conversation, "too-much", Progress())
         assert stored_bytes(open_again()) <= 4 * total
+
+
+@pytest.mark.parametrize("use", ["load", "load behind pages", "save"])
+def test_the_tail_of_what_was_used_makes_room_first(story: Story, tmp_path: Path, use: str) -> None:
+    talk, store = Talk.read(story.files[1]), open_store(tmp_path)
+    tail_tokens = talk.manifest.computed % 256
+    full = talk.pages.shape(256).object_bytes
+    with saver_of(talk, store, int(3.4 * full)) as saver:
+        conversation, objects = talk.salted(b"used")
+        keys = conversation.all_keys
+        if use == "save":
+            saver.hold(objects)
+            saver.snapshots.save(conversation, "chat", Progress())
+            saver.snapshots.remove("chat")
+        else:
+            for key, data in objects.items():
+                saver.tier.write(key, data)
+            saver.cache.find(keys[:2])
+            behind = int(use != "load")
+            tail = Tail(keys[2], tail_tokens, 1, None, 3)
+            load = Load(keys[:behind], keys[behind:2], (1, 2)[behind:], tail)
+            assert saver.cache.load(load) == (2 - behind, True)
+        saver.tier.write(b"x" * 32, bytes(full))  # needs the room of one
+        assert [store.exists(chunk_path(key)) for key in keys] == [True, True, False]
 
 
 def test_two_servers_keep_one_limit(story: Story, open_again: Callable[[], Store]) -> None:
