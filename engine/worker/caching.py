@@ -71,14 +71,14 @@ class Caching:
         for load in self._scheduler.ledger.drain_loads():
             self._jobs.submit(self._load, load)
         lookups, parked = self._scheduler.ledger.drain_lookups(), self._scheduler.ledger.drain_parked()
-        superseded, published = self._scheduler.ledger.drain_superseded(), self._scheduler.ledger.drain_published()
+        erased, published = self._scheduler.ledger.drain_erased(), self._scheduler.ledger.drain_published()
         if self._parking is None:
             for park in parked:
                 self._scheduler.ledger.end_read(park.pages)
         else:
             for park in parked:
                 self._parking.park(park)
-            for name in superseded:
+            for name in erased:
                 self._parking.unpark(name)
         if self.cache is None:
             return
@@ -100,14 +100,13 @@ class Caching:
         if self.snapshots is None or self.cache is None or self.cache.tier is None:
             return 0
         try:
-            conversations = self.snapshots.resumable()
+            parked = self.snapshots.resumable()
         except NumoeError as error:
             logger.warning("earlier conversations are not offered: %s", error)
             return 0
         with self._changed:
-            for conversation in conversations:
-                self._scheduler.ledger.offer(conversation)
-        return len(conversations)
+            self._scheduler.ledger.offer(parked)
+        return len(parked)
 
     def save_all(self, until: float) -> None:
         """Write the conversations of all slots, until `time.monotonic()` is `until`."""
@@ -115,9 +114,9 @@ class Caching:
             return
         with self._changed:
             self.collect()
-            for conversation in self._scheduler.slots.conversations:
-                if conversation is not None and not conversation.resumable:
-                    self._parking.park(Parked(conversation, ()))
+            for slot, conversation in enumerate(self._scheduler.slots.conversations):
+                if conversation is not None:
+                    self._parking.park(Parked(conversation, (), slot))
         self._parking.flush(until)
         self.cache.flush(until)
 

@@ -108,7 +108,7 @@ class SlotOperations:
             self._kept(target, "restoring", wait_until, progress),
         ):
             conversation = self._conversation(slot)
-            copy = dataclasses.replace(conversation, named=True, resumable="", last_used=time.time())
+            copy = dataclasses.replace(conversation, named=True, stored=(), last_used=time.time())
             with self._changed:
                 self._scheduler.ledger.replace_conversation(target, copy)
                 self._caching.collect()

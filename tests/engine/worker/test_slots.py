@@ -120,6 +120,36 @@ def test_what_was_idle_at_the_stop_is_offered_at_the_start(model: Path, store: S
         assert server.ask([*text, 9])[0] == len(text) - 1
 
 
+def test_slots_keep_their_numbers_and_names(model: Path, store: Store) -> None:
+    with served(model, store, slots=4, save=True) as server:
+        server.ask(OTHER)
+        server.ask(PROMPT, slot=2)
+        server.engine.slots.fork("f", 2, 3, None)
+        held = [c and (c.tokens.tolist(), c.named) for c in server.engine._scheduler.slots.conversations]
+    for slots in (4, 4, 3):
+        with served(model, store, slots=slots, resume=True, save=True) as server:
+            found = [c and (c.tokens.tolist(), c.named) for c in server.engine._scheduler.slots.conversations]
+            # Where there are fewer slots now, what had none of these takes an empty one.
+            assert found == (held if slots == 4 else [held[0], held[3], held[2]])
+
+
+def test_who_comes_back_is_parked_once(model: Path, store: Store) -> None:
+    """Not as it was before, too: that would be offered as well."""
+    with served(model, store, slots=1) as server:
+        text = [*PROMPT, *server.ask(PROMPT)[1]]
+        server.ask(OTHER)  # parks it
+        told = [*text, 9, *server.ask([*text, 9])[1]]
+        server.ask(OTHER)  # the same comes back, and parks what went on
+        assert server.engine._caching._parking is not None
+        server.engine._caching._parking.flush(time.monotonic() + 30)
+        assert server.engine._caching.snapshots is not None
+        parked = [one.conversation.tokens.tolist() for one in server.engine._caching.snapshots.resumable()]
+        assert sorted(map(len, parked)) == [len(OTHER) + 8, len(told)]
+        server.engine.slots.erase("e", 0, None)
+        server.engine._caching._parking.flush(time.monotonic() + 30)
+        assert [one.conversation.tokens.tolist() for one in server.engine._caching.snapshots.resumable()] == [told]
+
+
 def test_a_failed_restore_leaves_the_slot_as_it_was(model: Path, store: Store) -> None:
     with served(model, store) as server:
         server.ask(OTHER, slot=1)
