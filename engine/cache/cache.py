@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -82,12 +83,18 @@ class PromptCache:
     # --- reading ----------------------------------------------------------------------------------
 
     def find(self, keys: Sequence[bytes]) -> int:
-        """How many of a prompt's chunks can be read, from the first on."""
-        found = 0
-        for key in keys:
-            if key not in self.ram and not (self.tier and self.tier.has(key)):
-                break
-            found += 1
+        """How many of a prompt's chunks can be read, from the first on.
+
+        The store is asked about a few of them only: as ends leave it before beginnings, a chunk that is there
+        stands for those in front. Where one of them is missing all the same, reading it ends the load there.
+        """
+        tier = self.tier if self.tier is not None and not self.tier.reading.seconds_to_wait else None
+        found = next((n for n, key in enumerate(keys) if key not in self.ram and not (tier and tier.knows(key))), None)
+        if found is None:
+            found = len(keys)
+        elif tier is not None and tier.has(keys[found]):
+            rest = keys[found:]  # mostly all is there, or nothing was
+            found += len(rest) if tier.has(rest[-1]) else bisect_left(rest, True, 1, key=lambda key: not tier.has(key))
         self.use(keys)
         return found
 

@@ -143,6 +143,19 @@ def test_the_tail_of_what_was_used_makes_room_first(story: Story, tmp_path: Path
         assert [store.exists(chunk_path(key)) for key in keys] == [True, True, False]
 
 
+@pytest.mark.parametrize("there", [0, 1, 2, 77, 349, 350])
+def test_the_store_is_asked_about_few_chunks_of_a_long_prompt(story: Story, tmp_path: Path, there: int) -> None:
+    keys = [number.to_bytes(32) for number in range(350)]
+    asked: list[int] = []
+    store = Interrupted(open_store(tmp_path), "head", each=lambda: asked.append(1))
+    with saver_of(Talk.read(story.files[0]), store) as saver:  # type: ignore[arg-type]
+        saver.tier.list_chunks()
+        for key in keys[:there]:  # by another server
+            open_store(tmp_path).put_new(chunk_path(key), b"1")
+        assert saver.cache.find(keys) == there
+        assert 1 <= len(asked) <= 12
+
+
 def test_two_servers_keep_one_limit(story: Story, open_again: Callable[[], Store]) -> None:
     talk = Talk.read(story.files[1])
     limit = 4 * talk.manifest.chunk_bytes
