@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from numoe.engine.cache.cache import PromptCache
+from numoe.engine.cache.manifests import Chain, Manifests
 from numoe.engine.cache.store_tier import StoreTier
 from numoe.engine.errors import (
     DataLossError,
@@ -30,6 +31,7 @@ from numoe.engine.scheduler.conversation import Conversation, Parked
 from numoe.engine.store import Entry
 from numoe.engine.store.keys import root_key
 from numoe.engine.store.manifest import (
+    RESUMABLE,
     SNAPSHOTS,
     Manifest,
     Origin,
@@ -95,7 +97,8 @@ class Snapshots:
     def __init__(self, cache: PromptCache, origin: Origin) -> None:
         self.cache, self.origin = cache, origin
         if cache.tier is not None:
-            cache.tier.pinned = self.pinned_keys
+            self._manifests = Manifests(cache.tier.store)
+            cache.tier.pinned, cache.tier.chains = self.pinned_keys, self.chains
 
     @property
     def _tier(self) -> StoreTier:
@@ -144,9 +147,17 @@ class Snapshots:
     def pinned_keys(self) -> set[bytes]:
         """Chunks that snapshots need, those of other models too; raises if any snapshot cannot be read."""
         try:
-            return {key for manifest in self._manifests(SNAPSHOTS, DataLossError) for key in manifest.keys}
+            return {key for chain in self._manifests.chains(SNAPSHOTS, DataLossError) for key in chain.keys}
         except UnsupportedError as error:
             raise ResourceError(f"no room can be made in the store: {error}") from error
+
+    def chains(self) -> list[Chain]:
+        """What is known of the order in which chunks were used: that of all conversations in the store."""
+        return [
+            chain
+            for folder in (SNAPSHOTS, RESUMABLE)
+            for chain in self._manifests.chains(folder, DataLossError, UnsupportedError)
+        ]
 
     # --- conversations without a slot -------------------------------------------------------------
 
@@ -184,7 +195,7 @@ class Snapshots:
         """Conversations of this model that are to come back, the last one first."""
         manifests = [
             manifest
-            for manifest in self._manifests(self._resumable, DataLossError, UnsupportedError)
+            for manifest in self._manifests.read(self._resumable, DataLossError, UnsupportedError)
             if manifest.origin == self.origin
         ]
         replaced = {name for manifest in manifests for name in manifest.replaces}
@@ -243,17 +254,6 @@ class Snapshots:
 
         there = list(self.cache.writers.map(write, keys, sizes))
         return next((number for number, good in enumerate(there) if not good), None)
-
-    def _manifests(self, folder: str, *passed_over: type[NumoeError]) -> Iterator[Manifest]:
-        """The manifests of a folder, but for those that cannot be read for one of these reasons."""
-        for entry in self._tier.store.list(folder):
-            name = entry.key.rsplit("/", 1)[-1]
-            try:
-                yield decode_manifest(self._tier.store.get(entry.key), name)
-            except NotFoundError:
-                continue
-            except passed_over as error:
-                logger.warning("%s", error)
 
     def _info(self, entry: Entry) -> SnapshotInfo:
         name = entry.key.rsplit("/", 1)[-1]

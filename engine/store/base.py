@@ -21,11 +21,15 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Entry:
-    """An object in a listing: its name, its size in bytes, when it was written (seconds since 1970)."""
+    """An object in a listing: its name, its size in bytes, when it was written (seconds since 1970).
+
+    tag: another one when the object is written anew; empty if the store has none.
+    """
 
     key: str
     size: int
     modified: float
+    tag: str = ""
 
 
 class Store(ABC):
