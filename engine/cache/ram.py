@@ -26,7 +26,7 @@ class RamTier:
     """
 
     def __init__(self, limit: int | None, reserve: int = 0) -> None:
-        self.limit, self._reserve = limit, reserve
+        self.limit, self.reserve = limit, reserve
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
         self._lock = threading.Lock()
         self._bytes = 0
@@ -47,7 +47,7 @@ class RamTier:
                 entry.waits = entry.waits or waits
                 return True
             if self.limit is not None:
-                bound = max(self.limit, self._reserve) if waits else self.limit
+                bound = max(self.limit, self.reserve) if waits else self.limit
                 if self._bytes + view.nbytes > bound:
                     if self._waiting + view.nbytes > bound:
                         return False

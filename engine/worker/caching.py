@@ -32,7 +32,7 @@ _JOBS: Final = 8
 _LOOKUPS: Final = 4
 _READERS: Final = 4
 _WRITERS: Final = 4
-_WRITE_BUFFER: Final = 4  # chunks that may wait for the store where host memory is not to be used
+_WRITE_BUFFER: Final = 4  # chunks that may wait for the store however little host memory is to be used
 
 
 class Caching:
@@ -57,8 +57,9 @@ class Caching:
         self._jobs = ThreadPoolExecutor(_JOBS, "cache-job")
         self.origin = origin or Origin(fingerprint=b"", parts={}, kv_type="")
         if origin is not None and (ram is not None or tier is not None):
-            if ram is None:
-                ram = RamTier(0, _WRITE_BUFFER * pages.shape(PAGE_TOKENS).object_bytes)
+            ram = ram or RamTier(0)
+            if tier is not None:
+                ram.reserve = _WRITE_BUFFER * pages.shape(PAGE_TOKENS).object_bytes
             self.cache = PromptCache(pages, self, self.readers, self._writers, ram, tier)
             self.snapshots = Snapshots(self.cache, origin)
             if tier is not None:

@@ -90,6 +90,15 @@ def test_host_memory_alone_finds_a_prefix_again(model: Path) -> None:
         assert server.engine.status().cache.hits_ram == 3
 
 
+@pytest.mark.parametrize("ram", [0, FULL_CHUNK // 2])
+def test_what_host_memory_cannot_hold_is_stored_all_the_same(model: Path, store: Store, ram: int) -> None:
+    with served(model, store, ram=ram) as server:
+        server.ask(PROMPT)
+        server.settle()
+        assert len(store.list("chunks")) == 2
+        assert server.engine.status().cache.ram_bytes <= ram
+
+
 def test_equal_chunks_are_stored_once(model: Path, store: Store) -> None:
     for _ in range(2):
         with served(model, store) as server:
