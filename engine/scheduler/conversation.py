@@ -75,7 +75,7 @@ class Conversation:
         """The same for the same tokens, model, KV type and salt, and for no others."""
         return blake3(self.root + self.tokens.tobytes()).hexdigest(length=16)
 
-    def begins(self, tokens: Sequence[int]) -> bool:
+    def begins(self, tokens: Sequence[int] | Ints) -> bool:
         """Whether `tokens` go on from the whole of what is computed."""
         n = self.computed
         return 0 < n <= len(tokens) and bool(np.array_equal(self.tokens[:n], np.asarray(tokens[:n], np.int32)))

@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -183,16 +183,17 @@ class Ledger:
             self._tails.remove(held)
             self._erased += held.stored
 
-    def note_conversation(self, slot: int, before: Conversation, **changes: str | bool) -> None:
+    def note_conversation(self, slot: int, before: Conversation, **changes: Any) -> None:
         """Note something about a slot's conversation, if it is still `before`."""
         if self._slots.conversations[slot] is before:
-            self._slots.conversations[slot] = dataclasses.replace(before, **changes)  # type: ignore[arg-type]
+            self._slots.conversations[slot] = dataclasses.replace(before, **changes)
 
     def offer(self, parked: Seq[Parked]) -> None:
         """Let conversations come back by themselves: in their slots, in empty ones, or when prompts go on from them.
 
-        The first ones get slots first.
+        The first ones get slots first. What a slot has gone on with already is not offered beside it.
         """
+        parked = [one for one in parked if not self._gone_on(one.conversation)]
         for one in parked:
             self._tails.add(one.conversation)
         empty = [n for n, held in enumerate(self._slots.conversations) if held is None and self._slots.is_free(n)]
@@ -207,6 +208,14 @@ class Ledger:
                 continue
             empty.remove(slot)
             self._slots.conversations[slot] = one.conversation
+
+    def _gone_on(self, parked: Conversation) -> bool:
+        """Whether a slot's conversation goes on from one that is in the store; it takes its place there then."""
+        for slot, held in enumerate(self._slots.conversations):
+            if held is not None and held.root == parked.root and parked.begins(held.tokens):
+                self.note_conversation(slot, held, stored=(*held.stored, *parked.stored))
+                return True
+        return False
 
     def cached_tokens(self, slot: int) -> int:
         """Tokens of a slot's conversation whose keys and values are in pages."""

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final
 
 from numoe.engine.cache import PromptCache, RamTier, Snapshots, StoreTier
+from numoe.engine.cache.health import OUTAGES
 from numoe.engine.errors import NumoeError
 from numoe.engine.kv.pages import PAGE_TOKENS
 from numoe.engine.requests import CacheStatus
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from numoe.engine.scheduler.conversation import Conversation
 
 logger = logging.getLogger(__name__)
+RESUMES_WITHIN_S: Final = 2.0
+"""Longer does nobody wait at the start for the conversations that are offered again."""
 _JOBS: Final = 8
 _LOOKUPS: Final = 4
 _READERS: Final = 4
@@ -54,6 +57,7 @@ class Caching:
         self.cache: PromptCache | None = None
         self.snapshots: Snapshots | None = None
         self._parking: Parking | None = None
+        self._closed = threading.Event()
         self._jobs = ThreadPoolExecutor(_JOBS, "cache-job")
         self.origin = origin or Origin(fingerprint=b"", parts={}, kv_type="")
         if origin is not None and (ram is not None or tier is not None):
@@ -96,18 +100,30 @@ class Caching:
 
     # --- start and stop ---------------------------------------------------------------------------
 
-    def resume(self) -> int:
-        """Offer the conversations again that lost their slots; how many there are."""
-        if self.snapshots is None or self.cache is None or self.cache.tier is None:
-            return 0
-        try:
-            parked = self.snapshots.resumable()
-        except NumoeError as error:
-            logger.warning("earlier conversations are not offered: %s", error)
-            return 0
-        with self._changed:
-            self._scheduler.ledger.offer(parked)
-        return len(parked)
+    def resume(self) -> None:
+        """Offer the conversations again that are in the store; later, if it does not answer soon."""
+        if self.snapshots is not None and self.cache is not None and self.cache.tier is not None:
+            offering = threading.Thread(
+                target=self._offer, args=(self.snapshots, self.cache.tier), name="cache-resume", daemon=True
+            )
+            offering.start()
+            offering.join(RESUMES_WITHIN_S)
+
+    def _offer(self, snapshots: Snapshots, tier: StoreTier) -> None:
+        while not self._closed.is_set():
+            try:
+                with tier.reading.watch():
+                    parked = snapshots.resumable()
+            except OUTAGES as error:
+                logger.warning("earlier conversations are offered later: %s", error)
+                self._closed.wait(tier.reading.seconds_to_wait)
+            except NumoeError as error:
+                logger.warning("earlier conversations are not offered: %s", error)
+                return
+            else:
+                with self._changed:
+                    self._scheduler.ledger.offer(parked)
+                return
 
     def save_all(self, until: float) -> None:
         """Write the conversations of all slots, until `time.monotonic()` is `until`."""
@@ -123,6 +139,7 @@ class Caching:
 
     def close(self) -> None:
         """Stop the background."""
+        self._closed.set()
         for pool in (self._jobs, self._lookups, self.readers, self._writers):
             pool.shutdown(wait=False, cancel_futures=True)
         if self._parking is not None:

@@ -98,9 +98,9 @@ class Engine:
         with self._changed:
             return self._scheduler.status(self._steps, dict(self._step_ms), self._caching.status())
 
-    def resume(self) -> int:
-        """Offer the conversations again that an earlier server left in the store; how many there are."""
-        return self._caching.resume()
+    def resume(self) -> None:
+        """Offer the conversations again that an earlier server left in the store, later if it is slow or away."""
+        self._caching.resume()
 
     def stop(self, why: str = "") -> None:
         """Make `run` return after the step under way; requests still there end with "unavailable", and why.

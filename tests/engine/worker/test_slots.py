@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from numoe.engine.errors import DataLossError, NotFoundError, PreconditionError, ResourceError
+from numoe.engine.errors import DataLossError, NotFoundError, PreconditionError, ResourceError, UnavailableError
 from numoe.engine.kv.pages import PAGE_TOKENS
-from numoe.engine.store import Store, open_store
+from numoe.engine.store import Entry, Store, open_store
+from numoe.engine.worker import caching
 from numoe.engine.worker.kv_pool import KvType
 from tests.engine.worker.served import Slow, served
 from tests.models import make_model
@@ -19,6 +23,24 @@ OTHER = [(5 * i + 3) % 250 for i in range(2 * PAGE_TOKENS + 10)]
 
 FULL_CHUNK = 262336
 """Bytes of the object of a full chunk of this model."""
+
+
+class Late:
+    """A store that does not list conversations until `answers` is set, and then at first says that it is away."""
+
+    def __init__(self, store: Store) -> None:
+        self.answers, self._store, self._times = threading.Event(), store, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def list(self, folder: str) -> Sequence[Entry]:
+        if folder.startswith("resumable"):
+            assert self.answers.wait(30)
+            self._times += 1
+            if self._times == 1:
+                raise UnavailableError("away")
+        return self._store.list(folder)
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +162,29 @@ def test_slots_keep_their_numbers_and_names(model: Path, store: Store) -> None:
             found = [c and (c.tokens.tolist(), c.named) for c in server.engine._scheduler.slots.conversations]
             # Where there are fewer slots now, what had none of these takes an empty one.
             assert found == (held if slots == 4 else [held[0], held[3], held[2]])
+
+
+def test_a_store_that_answers_late_holds_up_no_start(
+    model: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has is offered when it does, but for what has gone on meanwhile."""
+    with served(model, store, slots=3, save=True) as server:
+        text = [*PROMPT, *server.ask(PROMPT, slot=1)[1]]
+        server.ask(OTHER, slot=2)
+    monkeypatch.setattr(caching, "RESUMES_WITHIN_S", 0.0)
+    late = Late(store)
+    with served(model, late, slots=3, resume=True, save=True) as server:  # type: ignore[arg-type]
+        told = [*text, 9, *server.ask([*text, 9])[1]]
+        assert [slot.tokens for slot in server.engine.status().slots] == [len(told), 0, 0]
+        late.answers.set()
+        until = time.monotonic() + 30
+        while not server.engine.status().slots[2].tokens:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        assert [slot.tokens for slot in server.engine.status().slots] == [len(told), 0, len(OTHER) + 8]
+        monkeypatch.undo()
+    with served(model, store, slots=3, resume=True) as server:
+        assert [slot.tokens for slot in server.engine.status().slots] == [len(told), 0, len(OTHER) + 8]
 
 
 def test_who_comes_back_is_parked_once(model: Path, store: Store) -> None:
