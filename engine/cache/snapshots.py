@@ -289,7 +289,7 @@ def conversation_of(manifest: Manifest, **rest: Any) -> Conversation:
 
 def _parked(manifest: Manifest) -> Parked:
     stored = (manifest.name, *manifest.replaces)
-    return Parked(conversation_of(manifest, stored=stored, named=manifest.named), (), manifest.slot)
+    return Parked(conversation_of(manifest, stored=stored, named=manifest.named), slot=manifest.slot)
 
 
 def shortened(conversation: Conversation, computed: int, said: int | None = None) -> Conversation:

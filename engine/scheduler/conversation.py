@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final, Generic, Self, TypeVar
 
@@ -85,11 +85,11 @@ class Conversation:
 class Parked:
     """A conversation that lost its slot, or whose server stops while it is in `slot`.
 
-    pages: those that hold it; they stay so until it is kept elsewhere.
+    pages: those that hold its chunks, by key; they stay so until it is kept elsewhere.
     """
 
     conversation: Conversation
-    pages: tuple[int, ...]
+    pages: Mapping[bytes, int] = field(default_factory=dict)
     slot: int | None = None
 
     @property

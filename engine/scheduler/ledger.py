@@ -172,8 +172,8 @@ class Ledger:
         if conversation is not None:
             self._tails.add(conversation)
         if self._config.caches and held is not None and not any(held is other for other in self._slots.conversations):
-            pages = [page for key in held.all_keys if (page := self.begin_read(key)) is not None]
-            self._parked.append(Parked(held, tuple(pages)))
+            pages = {key: page for key in held.all_keys if (page := self.begin_read(key)) is not None}
+            self._parked.append(Parked(held, pages))
             self._away.add(held, self._parked[-1].name)
 
     def forget_conversation(self, slot: int) -> None:

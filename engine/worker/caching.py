@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final
 
@@ -57,6 +57,7 @@ class Caching:
         self.cache: PromptCache | None = None
         self.snapshots: Snapshots | None = None
         self._parking: Parking | None = None
+        self._leaving: dict[bytes, list[int]] = {}  # pages of conversations that are being parked, by chunk
         self._closed = threading.Event()
         self._jobs = ThreadPoolExecutor(_JOBS, "cache-job")
         self.origin = origin or Origin(fingerprint=b"", parts={}, kv_type="")
@@ -67,7 +68,7 @@ class Caching:
             self.cache = PromptCache(pages, self, self.readers, self._writers, ram, tier)
             self.snapshots = Snapshots(self.cache, origin)
             if tier is not None:
-                self._parking = Parking(self.snapshots, tier, self._end_read)
+                self._parking = Parking(self.snapshots, tier, self._parked)
 
     # --- the engine's side, its lock held ---------------------------------------------------------
 
@@ -77,12 +78,15 @@ class Caching:
             self._jobs.submit(self._load, load)
         lookups, parked = self._scheduler.ledger.drain_lookups(), self._scheduler.ledger.drain_parked()
         erased, published = self._scheduler.ledger.drain_erased(), self._scheduler.ledger.drain_published()
-        if self._parking is None:
-            for park in parked:
-                self._scheduler.ledger.end_read(park.pages)
-        else:
-            for park in parked:
+        for park in parked:
+            for key, page in park.pages.items():
+                self._leaving.setdefault(key, []).append(page)
+            if self._parking is None:
+                self._leave(park.pages)
+            else:
+                self._leave(key for key in park.pages if self._is_elsewhere(key))
                 self._parking.park(park)
+        if self._parking is not None:
             for name in erased:
                 self._parking.unpark(name)
         if self.cache is None:
@@ -133,7 +137,7 @@ class Caching:
             self.collect()
             for slot, conversation in enumerate(self._scheduler.slots.conversations):
                 if conversation is not None:
-                    self._parking.park(Parked(conversation, (), slot))
+                    self._parking.park(Parked(conversation, slot=slot))
         self._parking.flush(until)
         self.cache.flush(until)
 
@@ -168,7 +172,23 @@ class Caching:
         """See `PageBroker`."""
         with self._changed:
             self._scheduler.ledger.saved(key)
+            if self._is_elsewhere(key):
+                self._leave([key])
             self._changed.notify_all()
+
+    def _is_elsewhere(self, key: bytes) -> bool:
+        """Whether a chunk is in host memory, which drops none that is not in the store, or in the store."""
+        return self.cache is not None and (key in self.cache.ram or bool(self.cache.tier and self.cache.tier.knows(key)))
+
+    def _parked(self, parked: Parked) -> None:
+        with self._changed:
+            self._leave(parked.pages)
+            self._changed.notify_all()
+
+    def _leave(self, keys: Iterable[bytes]) -> None:
+        """Let others have the pages of chunks that conversations leave behind."""
+        for key in keys:
+            self._scheduler.ledger.end_read(self._leaving.pop(key, ()))
 
     def in_slot(self, key: bytes) -> bool:
         """See `PageBroker`."""

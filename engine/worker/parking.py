@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
@@ -23,11 +23,11 @@ _LATER: Final = 256
 class Parking:
     """A thread that writes one conversation after the other; each method may be called from any thread.
 
-    end_read: takes the pages that hold a conversation when it is written, or cannot be for now.
+    done: takes a conversation when it is written, or cannot be for now: its pages need not hold it any more.
     """
 
-    def __init__(self, snapshots: Snapshots, tier: StoreTier, end_read: Callable[[Sequence[int]], None]) -> None:
-        self._snapshots, self._tier, self._end_read = snapshots, tier, end_read
+    def __init__(self, snapshots: Snapshots, tier: StoreTier, done: Callable[[Parked], None]) -> None:
+        self._snapshots, self._tier, self._done = snapshots, tier, done
         self._changed = threading.Condition()
         self._queue: deque[Parked | str] = deque()
         self._later: deque[Parked | str] = deque(maxlen=_LATER)
@@ -71,7 +71,7 @@ class Parking:
                 logger.exception("a conversation could not be kept")
             finally:
                 if isinstance(job, Parked):
-                    self._end_read(job.pages)
+                    self._done(job)
                 with self._changed:
                     self._busy = False
                     self._changed.notify_all()
@@ -89,7 +89,7 @@ class Parking:
 
     def _do(self, job: Parked | str) -> None:
         self._leave_out({job} if isinstance(job, str) else {job.name, *job.conversation.stored})
-        later = job if isinstance(job, str) else replace(job, pages=())
+        later = job if isinstance(job, str) else replace(job, pages={})
         if self._tier.writing.seconds_to_wait:
             self._later.append(later)
             return

@@ -167,7 +167,7 @@ def test_what_was_only_listed_goes_end_first_too(story: Story, open_again: Calla
         before.hold(objects)
         for key, data in objects.items():
             before.tier.write(key, data)
-        before.snapshots.park(Parked(conversation, ()))
+        before.snapshots.park(Parked(conversation))
     with saver_of(talk, open_again(), int(3.4 * full)) as saver:
         saver.tier.write(b"x" * 32, bytes(full))
     there = [open_again().exists(chunk_path(key)) for key in conversation.all_keys]

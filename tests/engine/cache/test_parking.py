@@ -34,20 +34,20 @@ def test_a_kill_leaves_what_was_or_what_became_of_it(story: Story, tmp_path: Pat
         dying = Saver(Interrupted(store, operation, number, die), was.pages, was.origin)  # type: ignore[arg-type]
         first, objects = was.salted(b"")
         saver.hold(objects)
-        saver.snapshots.park(Parked(first, ()))
+        saver.snapshots.park(Parked(first))
         second, objects = is_now.salted(b"")
         second = dataclasses.replace(second, stored=(first.name,))
         dying.hold(objects)
         killed = False
         try:
-            dying.snapshots.park(Parked(second, (), slot=1))
+            dying.snapshots.park(Parked(second, slot=1))
         except KilledError:
             killed = True
         (found,) = saver.snapshots.resumable()
         assert len(found.conversation.tokens) in (len(first.tokens), len(second.tokens))
         # Whoever finds it removes what is left of both in the end.
         saver.hold(objects)
-        saver.snapshots.park(Parked(dataclasses.replace(second, stored=found.conversation.stored), (), slot=1))
+        saver.snapshots.park(Parked(dataclasses.replace(second, stored=found.conversation.stored), slot=1))
         assert [entry.key.rsplit("/", 1)[-1] for entry in store.list("resumable")] == [f"{second.name}-1"]
         for one in (saver, dying):
             one.close()
@@ -63,7 +63,7 @@ def test_each_model_has_its_own_bound(story: Story, tmp_path: Path, monkeypatch:
     for number in range(3):
         for saver in savers[: 1 if number else 2]:
             manifest = msgspec.structs.replace(talk.manifest, origin=saver.snapshots.origin, salt=bytes([number]))
-            saver.snapshots.park(Parked(conversation_of(manifest), ()))
+            saver.snapshots.park(Parked(conversation_of(manifest)))
     assert [len(saver.snapshots.resumable()) for saver in savers] == [2, 1]
     for saver in savers:
         saver.close()

@@ -199,11 +199,11 @@ class AnyTraffic(RuleBasedStateMachine):
         self.collect()
         for _ in range(min(parks, len(self.parked))):
             park = self.parked.pop(0)
-            held = [i for page in park.pages for i in self.cache.page(page).tolist()]
+            held = [i for page in park.pages.values() for i in self.cache.page(page).tolist()]
             if len(park.pages) == len(park.conversation.all_keys):  # nobody wrote there meanwhile
                 computed = park.conversation.computed
                 assert held[:computed] == park.conversation.tokens[:computed].tolist()
-            self.scheduler.ledger.end_read(park.pages)
+            self.scheduler.ledger.end_read(park.pages.values())
         for _ in range(min(lookups, len(self.lookups))):
             sequence, keys = self.lookups.pop(0)
             had = next((i for i, key in enumerate(keys) if key not in self.stored), len(keys))

@@ -334,6 +334,29 @@ def test_a_prompt_cache_file_is_not_replaced_by_less(model: Path, tmp_path: Path
         assert report.tokens == len(OTHER) + 8
 
 
+class Stuck:
+    """A store that writes nothing until `goes_on` is set."""
+
+    def __init__(self, store: Store) -> None:
+        self.goes_on, self._store = threading.Event(), store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        assert self.goes_on.wait(30)
+        return self._store.put_new(key, data)
+
+
+def test_nobody_waits_for_the_store_where_host_memory_has_room(model: Path, store: Store) -> None:
+    stuck = Stuck(store)
+    with served(model, stuck, slots=1, n_pages=6) as server:  # type: ignore[arg-type]
+        text = [*PROMPT, *server.ask(PROMPT)[1]]
+        server.ask([i % 250 for i in range(1300)], max_tokens=1)  # takes the slot and all pages
+        assert server.ask([*text, 9])[0] == len(text) - 1
+        stuck.goes_on.set()
+
+
 @pytest.mark.parametrize("slots", [1, 2], ids=["slot lost", "slot kept"])
 def test_a_conversation_waits_for_a_slow_store_rather_than_being_lost(model: Path, store: Store, slots: int) -> None:
     """Its pages are needed, and host memory has no room for them: they are written before they go."""
