@@ -125,13 +125,15 @@ class Snapshots:
 
         Raises NotFoundError, DataLossError, and PreconditionError, which names what does not fit.
         """
-        try:
-            data = self._tier.store.get(manifest_path(name))
-        except NotFoundError:
-            raise NotFoundError(f"there is no snapshot {name}; numoe slots snapshots lists those there are") from None
-        manifest = decode_manifest(data, name)
+        manifest = decode_manifest(self._get(manifest_path(name), name), name)
         check_compatible(manifest, self.origin)
         return manifest
+
+    def _get(self, path: str, name: str) -> memoryview:
+        try:
+            return self._tier.store.get(path)
+        except NotFoundError:
+            raise NotFoundError(f"there is no snapshot {name}; numoe slots snapshots lists those there are") from None
 
     def infos(self) -> tuple[SnapshotInfo, ...]:
         """All snapshots of the store, of other models too, ordered by name."""
@@ -140,8 +142,7 @@ class Snapshots:
     def remove(self, name: str) -> None:
         """Remove a snapshot; its chunks stay as long as there is room for them."""
         path = manifest_path(name)
-        if not self._tier.store.exists(path):
-            raise NotFoundError(f"there is no snapshot {name}; numoe slots snapshots lists those there are")
+        self._get(path, name)
         self._tier.store.delete(path)
 
     def pinned_keys(self) -> set[bytes]:

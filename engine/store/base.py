@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from numoe.engine.errors import InputError, NotFoundError, PreconditionError
-from numoe.engine.store.failures import STORE_FAILURES, store_error
+from numoe.engine.store.failures import STORE_FAILURES, MissingStoreError, store_error
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -39,7 +39,7 @@ class Store(ABC):
 
     Raises InputError for an impossible name, NotFoundError for a missing object, PreconditionError,
     AccessError for missing or wrong credentials, ResourceError for a full store, UnavailableError
-    for one that cannot be reached. After an UnavailableError of a write nobody knows whether it
+    for one that cannot be reached or has no such bucket (but `head` cannot tell that). After an UnavailableError of a write nobody knows whether it
     happened; it may simply be repeated.
     """
 
@@ -101,8 +101,14 @@ class Store(ABC):
         self._do(f"removing {key}", lambda: self._delete(check_key(key)))
 
     def check(self) -> None:
-        """Raise what using the store would raise: UnavailableError, AccessError, …; it changes nothing."""
-        self.list("check")
+        """Raise what using the store would raise: UnavailableError, AccessError, …; it changes nothing.
+
+        NotFoundError if there is no such bucket: here, that is a name that is wrong rather than a store that is away.
+        """
+        try:
+            self.list("check")
+        except MissingStoreError as error:
+            raise NotFoundError(str(error)) from error
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
