@@ -18,7 +18,7 @@ from numoe.engine.cache import Snapshots
 from numoe.engine.cache.archive import NAME, read_archive, write_archive
 from numoe.engine.cache.cache import Layers
 from numoe.engine.cache.snapshots import Progress, StoppedError, conversation_of, shortened
-from numoe.engine.errors import DataLossError, NotFoundError, NumoeError, PreconditionError, ResourceError
+from numoe.engine.errors import BusyError, DataLossError, NotFoundError, NumoeError, PreconditionError, ResourceError
 from numoe.engine.requests import Event, SlotProgress, SlotReport, SnapshotInfo
 from numoe.engine.scheduler import Scheduler
 from numoe.engine.scheduler.conversation import Conversation
@@ -290,13 +290,13 @@ class SlotOperations:
     def _kept(
         self, slot: int, operation: Operation, wait_until: float | None, progress: Progress | None = None
     ) -> Iterator[None]:
-        """Keep a slot from requests and other operations; PreconditionError if it is in use for too long."""
+        """Keep a slot from requests and other operations; BusyError if it is in use for too long."""
         with self._changed:
             while True:
                 try:
                     self._scheduler.slots.begin(slot, operation)
                     break
-                except PreconditionError:
+                except BusyError:
                     left = 0.0 if wait_until is None else wait_until - time.time()
                     if left <= 0:
                         raise
