@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final
 
@@ -36,6 +36,14 @@ _LOOKUPS: Final = 4
 _READERS: Final = 4
 _WRITERS: Final = 4
 _WRITE_BUFFER: Final = 4  # chunks that may wait for the store however little host memory is to be used
+
+
+class LostChunkError(NumoeError):
+    """Nobody has chunk `number` of a conversation any more."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"chunk {number} of the conversation is in no cache any more")
+        self.number = number
 
 
 class Caching:
@@ -195,16 +203,17 @@ class Caching:
         with self._changed:
             return self._scheduler.ledger.in_slot(key)
 
-    def chunks(self, conversation: Conversation, held: Conversation) -> list[Buffer]:
-        """The objects of a conversation's chunks, as many as there are; `held`: the one that it is the beginning of."""
-        objects: list[Buffer] = []
+    def chunks(self, conversation: Conversation, held: Conversation) -> Iterator[Buffer]:
+        """The objects of a conversation's chunks; `held`: the one that it is the beginning of.
+
+        Raises LostChunkError at the first that nobody has.
+        """
         for number, key in enumerate(conversation.all_keys):
             tokens = len(conversation.chunk(number))
             layers = self._layers(held.all_keys[number], tokens, len(held.chunk(number)))
             if layers is None:
-                break
-            objects.append(encode_chunk(key, self.pages.shape(tokens).kv_type, layers, tokens))
-        return objects
+                raise LostChunkError(number)
+            yield encode_chunk(key, self.pages.shape(tokens).kv_type, layers, tokens)
 
     def _layers(self, key: bytes, tokens: int, held_tokens: int) -> Sequence[Buffer] | None:
         """The first `tokens` tokens of a chunk, or None if nobody has it."""

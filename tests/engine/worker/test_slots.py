@@ -313,15 +313,20 @@ def test_a_prompt_cache_in_a_file(model: Path, tmp_path: Path) -> None:
 
 def test_a_prompt_cache_file_is_not_replaced_by_less(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "file"
-    with served(model, None, ram=0) as server:
+    with served(model, None, ram=0, n_pages=7) as server:
         text = [*PROMPT, *server.ask(PROMPT, slot=0)[1]]
         server.engine.slots.save_file(path, all_tokens=True)
         whole = path.read_bytes()
-        for start in range(2):  # others take its pages: all that is there of it now is its tokens
-            server.ask([(start + i) % 250 for i in range(1300)], max_tokens=1, slot=1)
-        assert server.engine.status().slots[0].cached < len(text) - 1
+        server.ask([i % 250 for i in range(1300)], max_tokens=1, slot=1)  # only the beginning of it is there now
+        left = server.engine.status().slots[0].cached
+        assert left < len(text) - 1
         server.engine.slots.save_file(path, all_tokens=True)
         assert path.read_bytes() == whole
+        server.engine.slots.save_file(tmp_path / "other", all_tokens=True)
+        report = server.engine.slots.load_file(tmp_path / "other", slot=1)
+        assert report is not None
+        assert (report.tokens, report.computed) == (len(text), left)
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "other"]
         server.ask([*text, 9], slot=0)  # goes on, and is there again
         server.engine.slots.save_file(path, all_tokens=True)
         report = server.engine.slots.load_file(path, slot=1)
