@@ -168,7 +168,8 @@ class Snapshots:
         replaced = tuple(name for name in conversation.stored if name != parked.name)
         path = manifest_path(parked.name, self._resumable)
         there, version = self._there(path, parked.name)
-        if there is None or (there.named, there.computed) != (conversation.named, conversation.computed):
+        now = (conversation.computed, conversation.named, conversation.snapshot)
+        if there is None or (there.computed, there.named, there.snapshot) != now:
             self._save(
                 conversation, parked.name, Progress(), lambda data: store.put_if(path, data, version),
                 slot=parked.slot, replaces=replaced, created=conversation.last_used,
@@ -234,7 +235,7 @@ class Snapshots:
                 name, self.origin, conversation.tokens, computed=conversation.computed, salt=conversation.salt,
                 sampling=conversation.sampling, chunk_bytes=sum(sizes[:lost]),
                 created=created or time.time(), prompt_tokens=conversation.prompt_tokens, slot=slot,
-                named=conversation.named, replaces=replaces,
+                named=conversation.named, snapshot=conversation.snapshot, replaces=replaces,
             )  # fmt: skip
             progress.check()
             commit(encode_manifest(manifest))
@@ -290,7 +291,8 @@ def conversation_of(manifest: Manifest, **rest: Any) -> Conversation:
 
 def _parked(manifest: Manifest) -> Parked:
     stored = (manifest.name, *manifest.replaces)
-    return Parked(conversation_of(manifest, stored=stored, named=manifest.named), slot=manifest.slot)
+    conversation = conversation_of(manifest, stored=stored, named=manifest.named, snapshot=manifest.snapshot)
+    return Parked(conversation, slot=manifest.slot)
 
 
 def shortened(conversation: Conversation, computed: int, said: int | None = None) -> Conversation:

@@ -168,9 +168,11 @@ class Ledger:
     def replace_conversation(self, slot: int, conversation: Conversation | None) -> None:
         """Give a slot another conversation, or none; the one it had is parked: it can still come back."""
         held = self._slots.conversations[slot]
-        self._slots.conversations[slot] = conversation
         if conversation is not None:
+            stored = (*conversation.stored, *self._away.take(conversation))
+            conversation = dataclasses.replace(conversation, stored=stored)
             self._tails.add(conversation)
+        self._slots.conversations[slot] = conversation
         if self._config.caches and held is not None and not any(held is other for other in self._slots.conversations):
             pages = {key: page for key in held.all_keys if (page := self.begin_read(key)) is not None}
             self._parked.append(Parked(held, pages))

@@ -67,6 +67,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     chunk_bytes: bytes of the chunks' objects together, the partial one's included.
     created:     seconds since 1970.
     slot:        that it is to come back in, or None. named: whether a user named that.
+    snapshot:    that it was saved to or restored from last, or empty.
     replaces:    names of those that it went on from: they are not to come back beside it.
     """
 
@@ -83,6 +84,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     prompt_tokens: int = 0
     slot: int | None = None
     named: bool = False
+    snapshot: str = ""
     replaces: tuple[str, ...] = ()
     version: int = MANIFEST_VERSION
 
@@ -100,7 +102,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def of(
         cls, name: str, origin: Origin, token_ids: npt.ArrayLike, *, computed: int, salt: bytes = b"",
         sampling: SamplingParams, chunk_bytes: int, created: float, prompt_tokens: int = 0,
-        slot: int | None = None, named: bool = False, replaces: tuple[str, ...] = (),
+        slot: int | None = None, named: bool = False, snapshot: str = "", replaces: tuple[str, ...] = (),
     ) -> Self:  # fmt: skip
         """A manifest whose chunk keys follow from the rest."""
         ids = np.asarray(token_ids, "<i4")
@@ -110,7 +112,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return cls(
             name=check_name(name), origin=origin, tokens=ids.tobytes(), computed=computed, chunk_keys=keys,
             partial_key=partial, salt=salt, sampling=sampling, chunk_bytes=chunk_bytes, created=created,
-            prompt_tokens=prompt_tokens, slot=slot, named=named, replaces=replaces,
+            prompt_tokens=prompt_tokens, slot=slot, named=named, snapshot=snapshot, replaces=replaces,
         )  # fmt: skip
 
 
