@@ -94,7 +94,7 @@ class PromptCache:
             found = len(keys)
         elif tier is not None and tier.has(keys[found]):
             rest = keys[found:]  # mostly all is there, or nothing was
-            found += len(rest) if tier.has(rest[-1]) else bisect_left(rest, True, 1, key=lambda key: not tier.has(key))
+            found += len(rest) if tier.has(rest[-1]) else bisect_left(rest, 0, 1, key=lambda key: -int(tier.has(key)))
         self.use(keys)
         return found
 

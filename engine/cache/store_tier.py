@@ -226,7 +226,7 @@ class StoreTier:
             spared |= self._remove(victims)
 
     def _order_listed(self) -> None:
-        """Say of chunks that were only listed when they were used: they were written beginning first, and go end first."""
+        """Say when chunks were used that were only listed: they were written beginning first, and go end first."""
         used = dict[bytes, float]()
         for chain in self.chains():
             for number, key in enumerate(chain.keys):

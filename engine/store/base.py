@@ -39,8 +39,9 @@ class Store(ABC):
 
     Raises InputError for an impossible name, NotFoundError for a missing object, PreconditionError,
     AccessError for missing or wrong credentials, ResourceError for a full store, UnavailableError
-    for one that cannot be reached or has no such bucket (but `head` cannot tell that). After an UnavailableError of a write nobody knows whether it
-    happened; it may simply be repeated.
+    for one that cannot be reached or whose bucket is gone (which `head` cannot tell from a missing
+    object). After an UnavailableError of a write nobody knows whether it happened; it may simply be
+    repeated.
     """
 
     def __init__(self, url: str, deadline: float) -> None:

@@ -22,6 +22,7 @@ from numoe.engine.errors import (
 STORE_FAILURES: Final = (exceptions.BaseError, OSError, ValueError, NotImplementedError)
 """What obstore and the operating system raise; anything else is a defect."""
 
+
 class MissingStoreError(UnavailableError):
     """The bucket of a store is not there, so that nothing can be told about what was in it."""
 

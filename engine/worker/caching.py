@@ -87,13 +87,7 @@ class Caching:
         lookups, parked = self._scheduler.ledger.drain_lookups(), self._scheduler.ledger.drain_parked()
         erased, published = self._scheduler.ledger.drain_erased(), self._scheduler.ledger.drain_published()
         for park in parked:
-            for key, page in park.pages.items():
-                self._leaving.setdefault(key, []).append(page)
-            if self._parking is None:
-                self._leave(park.pages)
-            else:
-                self._leave(key for key in park.pages if self._is_elsewhere(key))
-                self._parking.park(park)
+            self._park(park)
         if self._parking is not None:
             for name in erased:
                 self._parking.unpark(name)
@@ -186,7 +180,18 @@ class Caching:
 
     def _is_elsewhere(self, key: bytes) -> bool:
         """Whether a chunk is in host memory, which drops none that is not in the store, or in the store."""
-        return self.cache is not None and (key in self.cache.ram or bool(self.cache.tier and self.cache.tier.knows(key)))
+        tier = self.cache.tier if self.cache is not None else None
+        return (self.cache is not None and key in self.cache.ram) or (tier is not None and tier.knows(key))
+
+    def _park(self, parked: Parked) -> None:
+        """Keep a conversation that lost its slot, and its pages as long as nothing else has what is in them."""
+        for key, page in parked.pages.items():
+            self._leaving.setdefault(key, []).append(page)
+        if self._parking is None:
+            self._leave(parked.pages)
+        else:
+            self._leave(key for key in parked.pages if self._is_elsewhere(key))
+            self._parking.park(parked)
 
     def _parked(self, parked: Parked) -> None:
         with self._changed:

@@ -25,7 +25,7 @@ class BusyWorker:
         self.ended, self.most, self._running = asyncio.Event(), 0, 0
         self.save_slot = Method(self._save)
 
-    async def _save(self, operation, slot, name, wait_until):
+    async def _save(self, _, slot, name, wait_until):
         self._running += 1
         self.most = max(self.most, self._running)
         try:

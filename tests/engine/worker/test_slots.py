@@ -160,7 +160,8 @@ def test_slots_keep_their_numbers_and_names(model: Path, store: Store) -> None:
         held = [c and (c.tokens.tolist(), c.named, c.snapshot) for c in server.engine._scheduler.slots.conversations]
     for slots in (4, 4, 3):
         with served(model, store, slots=slots, resume=True, save=True) as server:
-            found = [c and (c.tokens.tolist(), c.named, c.snapshot) for c in server.engine._scheduler.slots.conversations]
+            conversations = server.engine._scheduler.slots.conversations
+            found = [c and (c.tokens.tolist(), c.named, c.snapshot) for c in conversations]
             # Where there are fewer slots now, what had none of these takes an empty one.
             assert found == (held if slots == 4 else [held[0], held[3], held[2]])
 
