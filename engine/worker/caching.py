@@ -174,14 +174,13 @@ class Caching:
         """See `PageBroker`."""
         with self._changed:
             self._scheduler.ledger.saved(key)
-            if self._is_elsewhere(key):
+            if self._is_in_ram(key):
                 self._leave([key])
             self._changed.notify_all()
 
-    def _is_elsewhere(self, key: bytes) -> bool:
-        """Whether a chunk is in host memory, which drops none that is not in the store, or in the store."""
-        tier = self.cache.tier if self.cache is not None else None
-        return (self.cache is not None and key in self.cache.ram) or (tier is not None and tier.knows(key))
+    def _is_in_ram(self, key: bytes) -> bool:
+        """Whether a chunk is in host memory, which drops none that is not in the store."""
+        return self.cache is not None and key in self.cache.ram
 
     def _park(self, parked: Parked) -> None:
         """Keep a conversation that lost its slot, and its pages as long as nothing else has what is in them."""
@@ -190,7 +189,7 @@ class Caching:
         if self._parking is None:
             self._leave(parked.pages)
         else:
-            self._leave(key for key in parked.pages if self._is_elsewhere(key))
+            self._leave(key for key in parked.pages if self._is_in_ram(key))
             self._parking.park(parked)
 
     def _parked(self, parked: Parked) -> None:

@@ -94,11 +94,11 @@ class Parking:
             self._later.append(later)
             return
         try:
-            if isinstance(job, str):
-                with self._tier.writing.watch():
+            with self._tier.writing.watch():
+                if isinstance(job, str):
                     self._snapshots.unpark(job)
-            else:
-                self._snapshots.park(job)
+                else:
+                    self._snapshots.park(job)
         except OUTAGES as error:
             logger.info("a conversation is kept later: %s", error)
             self._later.append(later)

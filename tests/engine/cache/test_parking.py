@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from pathlib import Path
 
 import msgspec
@@ -11,8 +12,10 @@ import pytest
 
 from numoe.engine.cache import snapshots
 from numoe.engine.cache.snapshots import conversation_of
+from numoe.engine.errors import UnavailableError
 from numoe.engine.scheduler.conversation import Parked
 from numoe.engine.store import open_store
+from numoe.engine.worker.parking import Parking
 from tests.engine.cache.conftest import Story
 from tests.engine.cache.support import Interrupted, Saver, Talk
 
@@ -53,6 +56,26 @@ def test_a_kill_leaves_what_was_or_what_became_of_it(story: Story, tmp_path: Pat
             one.close()
         if not killed:
             return
+
+
+def test_a_store_that_fails_is_left_alone_for_a_while(story: Story, tmp_path: Path) -> None:
+    talk, asked = Talk.read(story.files[0]), list[int]()
+
+    def fail() -> None:
+        asked.append(1)
+        raise UnavailableError("away")
+
+    store = Interrupted(open_store(tmp_path), "get_versioned", each=fail)
+    saver = Saver(store, talk.pages, talk.origin)  # type: ignore[arg-type]
+    done = list[Parked]()
+    parking = Parking(saver.snapshots, saver.tier, done.append)
+    parked = Parked(talk.salted(b"")[0], {b"key": 1})
+    parking.park(parked)
+    parking.flush(time.monotonic() + 20)
+    assert (len(asked), done) == (1, [parked])
+    assert saver.tier.writing.error == "away"
+    parking.close()
+    saver.close()
 
 
 def test_each_model_has_its_own_bound(story: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
