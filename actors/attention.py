@@ -87,7 +87,7 @@ class AttentionActor:
                 n_pages=plan.n_pages,
                 fingerprint=tiers["origin"].fingerprint if tiers else b"",
                 kv_type=kv_type_name(plan.kv_type),
-                caches="ram" in tiers or "tier" in tiers,  # an empty tier is false
+                caches=bool(tiers.get("ram") or tiers.get("tier")),
                 keep=plan.cache.keep,
             )
         )

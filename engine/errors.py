@@ -6,6 +6,7 @@
     │   └── UnsupportedError  a well-formed file or request asks for something numoe does not have
     ├── NotFoundError         no such file, request, slot or snapshot
     ├── PreconditionError     what is there is not what the operation needs: changed by somebody else, of another model
+    │   └── BusyError         somebody else uses it; waiting helps
     ├── DataLossError         stored data is damaged or truncated
     ├── AccessError           credentials or permissions are missing or refused
     ├── ResourceError         not enough of something: memory, disk, queue, ports
@@ -39,6 +40,10 @@ class NotFoundError(NumoeError):
 
 class PreconditionError(NumoeError):
     """What is there is not what the operation needs: it was changed meanwhile, or belongs to another model."""
+
+
+class BusyError(PreconditionError):
+    """Somebody else uses what the operation needs; the same call may succeed later."""
 
 
 class DataLossError(NumoeError):

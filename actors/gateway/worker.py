@@ -11,11 +11,12 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from numoe.actors.gateway.streams import RequestStreams
 from numoe.cluster.status import ActorInfo
-from numoe.engine.errors import NumoeError, UnavailableError
+from numoe.engine.errors import BusyError, NumoeError, UnavailableError
 from numoe.engine.requests import GenerationRequest, SlotReport, SnapshotInfo, WorkerStatus
 
 SLOT_OPERATIONS = 8
 """At once, as each holds a thread of the worker's, which others need for requests and to end operations."""
+_TURN_S = 0.5  # in which an operation waits for its slot before others have their turn
 _LOOK_S = 0.1
 _SUPERVISOR_S = 12.0  # in which one that died is there again
 T = TypeVar("T")
@@ -73,12 +74,12 @@ class RayEngineClient:
 
     async def save_slot(self, operation: str, slot: int, name: str, wait_until: float | None) -> SlotReport:
         """Make a snapshot of a slot."""
-        report: SlotReport = await self._operate("save_slot", operation, slot, name, wait_until)
+        report: SlotReport = await self._operate_on_slot("save_slot", wait_until, operation, slot, name)
         return report
 
     async def restore_slot(self, operation: str, slot: int, name: str, wait_until: float | None) -> SlotReport:
         """Put a snapshot into a slot."""
-        report: SlotReport = await self._operate("restore_slot", operation, slot, name, wait_until)
+        report: SlotReport = await self._operate_on_slot("restore_slot", wait_until, operation, slot, name)
         return report
 
     async def cancel_slot_operation(self, operation: str) -> None:
@@ -87,22 +88,22 @@ class RayEngineClient:
 
     async def erase_slot(self, operation: str, slot: int, wait_until: float | None) -> SlotReport:
         """Empty a slot."""
-        report: SlotReport = await self._operate("erase_slot", operation, slot, wait_until)
+        report: SlotReport = await self._operate_on_slot("erase_slot", wait_until, operation, slot)
         return report
 
     async def fork_slot(self, operation: str, slot: int, target: int, wait_until: float | None) -> SlotReport:
         """Make two slots hold the same."""
-        report: SlotReport = await self._operate("fork_slot", operation, slot, target, wait_until)
+        report: SlotReport = await self._operate_on_slot("fork_slot", wait_until, operation, slot, target)
         return report
 
     async def snapshots(self) -> tuple[SnapshotInfo, ...]:
         """The store's snapshots."""
-        found: tuple[SnapshotInfo, ...] = await self._operate("snapshots")
+        found: tuple[SnapshotInfo, ...] = await self._operate(lambda: self._of_worker("snapshots").remote())
         return found
 
     async def remove_snapshot(self, name: str) -> None:
         """Remove a snapshot."""
-        await self._operate("remove_snapshot", name)
+        await self._operate(lambda: self._of_worker("remove_snapshot").remote(name))
 
     async def status(self) -> WorkerStatus:
         """What the worker is doing."""
@@ -124,11 +125,26 @@ class RayEngineClient:
             raise LostError("the attention worker is being replaced; try again")
         return getattr(self._worker, method)
 
-    async def _operate(self, method: str, *args: Any) -> Any:
+    async def _operate_on_slot(self, method: str, wait_until: float | None, *args: Any) -> Any:
+        """Operate; who waits for a slot that is in use takes turns, so that others get through to theirs."""
+
+        def call() -> Awaitable[Any]:
+            turn = None if wait_until is None else min(wait_until, time.time() + _TURN_S)
+            found: Awaitable[Any] = self._of_worker(method).remote(*args, turn)
+            return found
+
+        while True:
+            try:
+                return await self._operate(call)
+            except BusyError:
+                if wait_until is None or time.time() >= wait_until:
+                    raise
+
+    async def _operate(self, call: Callable[[], Awaitable[Any]]) -> Any:
         """Call the worker; a caller who leaves does not make room for others before the worker is done."""
         await self._slot_operations.acquire()
         try:
-            work = asyncio.ensure_future(_call(self._of_worker(method).remote(*args)))
+            work = asyncio.ensure_future(_call(call()))
         except BaseException:
             self._slot_operations.release()
             raise

@@ -8,7 +8,9 @@ The file is written beside its place and renamed, so that there is always the ol
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import os
 import secrets
 import struct
@@ -17,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from numoe.engine.errors import AccessError, DataLossError, ResourceError, UnavailableError
+import numpy as np
+
+from numoe.engine.errors import AccessError, DataLossError, NumoeError, ResourceError, UnavailableError
 from numoe.engine.store.chunks import ChunkShape, decode_chunk
 from numoe.engine.store.manifest import Manifest, Origin, check_compatible, decode_manifest, encode_manifest
 
@@ -32,74 +36,104 @@ _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_archive(path: Path, manifest: Manifest, chunks: Iterator[Buffer]) -> None:
-    """Write a conversation; ResourceError or UnavailableError, and the old file stays, where that fails."""
+    """Write a conversation, chunk by chunk; the old file stays if anything fails.
+
+    Raises ResourceError or UnavailableError if the file cannot be written, and what `chunks` raises.
+    """
     staged = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         staged.touch(mode=0o600, exist_ok=False)
         with staged.open("wb") as file:
             file.write(_MAGIC)
-            for part in (encode_manifest(manifest), *chunks):
+            for part in itertools.chain([encode_manifest(manifest)], chunks):
                 file.write(_SIZE.pack(memoryview(part).nbytes))
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
         staged.replace(path)
     except OSError as error:
-        staged.unlink(missing_ok=True)
         kind = ResourceError if error.errno in _FULL else UnavailableError
         raise kind(f"{path} cannot be written: {error.strerror}; name another --prompt-cache") from None
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
 class Archive:
-    """What a file holds; the chunks are verified when they are asked for."""
+    """An open file; chunks are read and verified when they are asked for.
+
+    places: where the object of each chunk begins, and its bytes.
+    """
 
     path: Path
     manifest: Manifest
-    chunks: Mapping[bytes, memoryview]
+    places: Mapping[bytes, tuple[int, int]]
+    _descriptor: int
 
     def read(self, key: bytes, shape: ChunkShape) -> list[memoryview]:
-        """The layers of a chunk; DataLossError names the file and the chunk."""
-        if key not in self.chunks:
+        """The layers of a chunk, from any thread; DataLossError names the file and the chunk."""
+        if key not in self.places:
             raise _damaged(self.path, f"it ends before chunk {key.hex()}")
         try:
-            return decode_chunk(self.chunks[key], key, shape)
+            return decode_chunk(_read(self._descriptor, *self.places[key]), key, shape)
         except DataLossError as error:
             raise _damaged(self.path, error) from None
 
 
-def read_archive(path: Path, origin: Origin) -> Archive:
+@contextlib.contextmanager
+def open_archive(path: Path, origin: Origin) -> Iterator[Archive]:
     """Open a file.
 
     Raises FileNotFoundError, DataLossError, PreconditionError for another model's file, AccessError or
     UnavailableError for one that cannot be read.
     """
     try:
-        parts = _parts(path)
-        manifest = decode_manifest(next(parts, b""), NAME)
-        check_compatible(manifest, origin)
-        return Archive(path, manifest, dict(zip(manifest.keys, parts, strict=False)))
-    except DataLossError as error:
-        raise _damaged(path, error) from None
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         raise
     except OSError as error:
-        kind = AccessError if isinstance(error, PermissionError) else UnavailableError
-        raise kind(f"{path} cannot be read: {error.strerror}; name another --prompt-cache") from None
+        raise _unreadable(path, error) from None
+    try:
+        try:
+            places = list(_places(descriptor))
+            manifest = decode_manifest(_read(descriptor, *places[0]) if places else b"", NAME)
+        except DataLossError as error:
+            raise _damaged(path, error) from None
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        check_compatible(manifest, origin)
+        yield Archive(path, manifest, dict(zip(manifest.keys, places[1:], strict=False)), descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def _parts(path: Path) -> Iterator[memoryview]:
-    data = memoryview(path.read_bytes())
-    if bytes(data[: len(_MAGIC)]) != _MAGIC:
+def _places(descriptor: int) -> Iterator[tuple[int, int]]:
+    """Where the parts of a file are."""
+    length = os.fstat(descriptor).st_size
+    if bytes(_read(descriptor, 0, len(_MAGIC))) != _MAGIC:
         raise DataLossError("it does not begin as a prompt cache of numoe does")
     at = len(_MAGIC)
-    while at < data.nbytes:
-        end = at + _SIZE.size
-        size = _SIZE.unpack(data[at:end])[0] if end <= data.nbytes else data.nbytes
-        if end + size > data.nbytes:
-            raise DataLossError(f"it ends after {data.nbytes} bytes, in the middle")
-        yield data[end : end + size]
-        at = end + size
+    while at < length:
+        begin = at + _SIZE.size
+        size = _SIZE.unpack(_read(descriptor, at, _SIZE.size))[0] if begin <= length else length
+        if begin + size > length:
+            raise DataLossError(f"it ends after {length} bytes, in the middle")
+        yield begin, size
+        at = begin + size
+
+
+def _read(descriptor: int, at: int, nbytes: int) -> memoryview:
+    """Bytes of a file; fewer at its end."""
+    data = np.empty(nbytes, np.uint8)
+    filled = 0
+    while filled < nbytes and (count := os.preadv(descriptor, [data[filled:].data], at + filled)):
+        filled += count
+    return data[:filled].data.toreadonly()
+
+
+def _unreadable(path: Path, error: OSError) -> NumoeError:
+    kind = AccessError if isinstance(error, PermissionError) else UnavailableError
+    return kind(f"{path} cannot be read: {error.strerror}; name another --prompt-cache")
 
 
 def _damaged(path: Path, how: object) -> DataLossError:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -82,12 +83,18 @@ class PromptCache:
     # --- reading ----------------------------------------------------------------------------------
 
     def find(self, keys: Sequence[bytes]) -> int:
-        """How many of a prompt's chunks can be read, from the first on."""
-        found = 0
-        for key in keys:
-            if key not in self.ram and not (self.tier and self.tier.has(key)):
-                break
-            found += 1
+        """How many of a prompt's chunks can be read, from the first on.
+
+        The store is asked about a few of them only: as ends leave it before beginnings, a chunk that is there
+        stands for those in front. Where one of them is missing all the same, reading it ends the load there.
+        """
+        tier = self.tier if self.tier is not None and not self.tier.reading.seconds_to_wait else None
+        found = next((n for n, key in enumerate(keys) if key not in self.ram and not (tier and tier.knows(key))), None)
+        if found is None:
+            found = len(keys)
+        elif tier is not None and tier.has(keys[found]):
+            rest = keys[found:]  # mostly all is there, or nothing was
+            found += len(rest) if tier.has(rest[-1]) else bisect_left(rest, 0, 1, key=lambda key: -int(tier.has(key)))
         self.use(keys)
         return found
 
@@ -152,15 +159,18 @@ class PromptCache:
 
         came = list(self.readers.map(bring, load.keys, load.pages, [PAGE_TOKENS] * len(load.keys)))
         done = next((number for number, good in enumerate(came) if not good), len(came))
-        self.use(load.keys[:done])  # reading has counted the beginning as used first
-        tail = load.tail
-        if tail is None or done < len(load.keys) or load.cancelled:
-            return done, False
-        if tail.source is not None:
-            self._hits["pages"] += 1
-            self.pages.copy_page(tail.source, tail.page)
-            return done, True
-        return done, bring(tail.key, tail.page, tail.chunk_tokens)
+        tail, used = load.tail, (*load.before, *load.keys[:done])
+        tail_came = False
+        if tail is not None and done == len(load.keys) and not load.cancelled:
+            used = (*used, tail.key)
+            if tail.source is not None:
+                self._hits["pages"] += 1
+                self.pages.copy_page(tail.source, tail.page)
+                tail_came = True
+            else:
+                tail_came = bring(tail.key, tail.page, tail.chunk_tokens)
+        self.use(used)  # reading has counted the beginning as used first
+        return done, tail_came
 
     # --- saving -----------------------------------------------------------------------------------
 

@@ -14,18 +14,21 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
+from blake3 import blake3
+
 from numoe.engine.errors import NotFoundError, NumoeError
 from numoe.engine.store import Store
 from numoe.engine.store.keys import KEY_BYTES
 
 NEEDS: Final = "needs"
 REMOVALS: Final = "removals"
-"""The folders of both kinds of claims: objects that hold keys, one after the other."""
+"""The folders of both kinds of claims: objects that hold a checksum, then keys, one after the other."""
 REMOVES_WITHIN_S: Final = 10.0
 """A removal begins no deletion later than this after its claim."""
 _WAITS_S: Final = 60.0  # then whoever removes must be dead: a deletion ends within the store's deadline
 _FORGOTTEN_S: Final = 3600.0  # a save ends within this after its claim, or is dead
 _LOOKS_S: Final = 0.1
+_CHECKSUM: Final = 32
 
 
 class Claims:
@@ -47,20 +50,22 @@ class Claims:
 
     @contextlib.contextmanager
     def removing(self, keys: Iterable[bytes]) -> Iterator[set[bytes]]:
-        """Announce that `keys` are removed; gives what saves need, to be left alone."""
+        """Announce that `keys` are removed; gives those that saves need, to be left alone."""
+        keys = set(keys)
         with self._claim(REMOVALS, keys):
             needed = set[bytes]()
             for entry in self._store.list(NEEDS):
                 if time.time() - entry.modified > _FORGOTTEN_S:
                     self._store.delete(entry.key)
                 else:
-                    needed |= self._keys(entry.key)
+                    needed |= self._claimed(entry.key, keys)
             yield needed
 
     @contextlib.contextmanager
     def _claim(self, folder: str, keys: Iterable[bytes]) -> Iterator[None]:
         path = f"{folder}/{secrets.token_hex(16)}"
-        self._store.put_new(path, b"".join(keys))
+        named = b"".join(keys)
+        self._store.put_new(path, blake3(named).digest() + named)
         try:
             yield
         finally:
@@ -70,17 +75,20 @@ class Claims:
     def _wait_for_removals(self, keys: set[bytes], check: Callable[[], None]) -> None:
         until = time.monotonic() + _WAITS_S
         for entry in self._store.list(REMOVALS):
-            while keys & self._keys(entry.key):
+            while self._claimed(entry.key, keys):
                 check()
                 if time.monotonic() > until:
                     self._store.delete(entry.key)
                     break
                 time.sleep(_LOOKS_S)
 
-    def _keys(self, path: str) -> set[bytes]:
-        """The keys in a claim; none if it is over."""
+    def _claimed(self, path: str, keys: set[bytes]) -> set[bytes]:
+        """Which of `keys` are in a claim: none if it is over, all if it is damaged, as it may name any."""
         try:
             data = bytes(self._store.get(path))
         except NotFoundError:
             return set()
-        return {data[at : at + KEY_BYTES] for at in range(0, len(data), KEY_BYTES)}
+        checksum, named = data[:_CHECKSUM], data[_CHECKSUM:]
+        if blake3(named).digest() != checksum:
+            return keys
+        return keys & {named[at : at + KEY_BYTES] for at in range(0, len(named), KEY_BYTES)}

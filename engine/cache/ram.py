@@ -26,7 +26,7 @@ class RamTier:
     """
 
     def __init__(self, limit: int | None, reserve: int = 0) -> None:
-        self.limit, self._reserve = limit, reserve
+        self.limit, self.reserve = limit, reserve
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
         self._lock = threading.Lock()
         self._bytes = 0
@@ -39,9 +39,6 @@ class RamTier:
     def __contains__(self, key: bytes) -> bool:
         return key in self._entries
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
     def put(self, key: bytes, data: Buffer, *, waits: bool) -> bool:
         """Keep a chunk; whether there was room. waits: it has to be written to the store."""
         view = memoryview(data).cast("B")
@@ -50,7 +47,7 @@ class RamTier:
                 entry.waits = entry.waits or waits
                 return True
             if self.limit is not None:
-                bound = max(self.limit, self._reserve) if waits else self.limit
+                bound = max(self.limit, self.reserve) if waits else self.limit
                 if self._bytes + view.nbytes > bound:
                     if self._waiting + view.nbytes > bound:
                         return False

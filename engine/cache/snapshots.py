@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
-
-from blake3 import blake3
+from typing import Any, Final
 
 from numoe.engine.cache.cache import PromptCache
+from numoe.engine.cache.manifests import Chain, Manifests
 from numoe.engine.cache.store_tier import StoreTier
 from numoe.engine.errors import (
     DataLossError,
@@ -28,7 +27,7 @@ from numoe.engine.errors import (
 from numoe.engine.kv.pages import PAGE_TOKENS
 from numoe.engine.kv.prefix import ChunkKeys
 from numoe.engine.requests import SnapshotInfo
-from numoe.engine.scheduler.conversation import Conversation
+from numoe.engine.scheduler.conversation import Conversation, Parked
 from numoe.engine.store import Entry
 from numoe.engine.store.keys import root_key
 from numoe.engine.store.manifest import (
@@ -40,11 +39,12 @@ from numoe.engine.store.manifest import (
     decode_manifest,
     encode_manifest,
     manifest_path,
+    resumable_folder,
 )
 
 logger = logging.getLogger(__name__)
 MAX_RESUMABLE: Final = 256
-"""Conversations without a slot that the store keeps; the oldest go first."""
+"""Conversations of a model that come back by themselves; of more, the oldest are forgotten."""
 
 
 class StoppedError(NumoeError):
@@ -97,7 +97,8 @@ class Snapshots:
     def __init__(self, cache: PromptCache, origin: Origin) -> None:
         self.cache, self.origin = cache, origin
         if cache.tier is not None:
-            cache.tier.pinned = self.pinned_keys
+            self._manifests = Manifests(cache.tier.store)
+            cache.tier.pinned, cache.tier.chains = self.pinned_keys, self.chains
 
     @property
     def _tier(self) -> StoreTier:
@@ -124,13 +125,15 @@ class Snapshots:
 
         Raises NotFoundError, DataLossError, and PreconditionError, which names what does not fit.
         """
-        try:
-            data = self._tier.store.get(manifest_path(name))
-        except NotFoundError:
-            raise NotFoundError(f"there is no snapshot {name}; numoe slots snapshots lists those there are") from None
-        manifest = decode_manifest(data, name)
+        manifest = decode_manifest(self._get(manifest_path(name), name), name)
         check_compatible(manifest, self.origin)
         return manifest
+
+    def _get(self, path: str, name: str) -> memoryview:
+        try:
+            return self._tier.store.get(path)
+        except NotFoundError:
+            raise NotFoundError(f"there is no snapshot {name}; numoe slots snapshots lists those there are") from None
 
     def infos(self) -> tuple[SnapshotInfo, ...]:
         """All snapshots of the store, of other models too, ordered by name."""
@@ -139,46 +142,77 @@ class Snapshots:
     def remove(self, name: str) -> None:
         """Remove a snapshot; its chunks stay as long as there is room for them."""
         path = manifest_path(name)
-        if not self._tier.store.exists(path):
-            raise NotFoundError(f"there is no snapshot {name}; numoe slots snapshots lists those there are")
+        self._get(path, name)
         self._tier.store.delete(path)
 
     def pinned_keys(self) -> set[bytes]:
         """Chunks that snapshots need, those of other models too; raises if any snapshot cannot be read."""
         try:
-            return {key for manifest in self._manifests(SNAPSHOTS, DataLossError) for key in manifest.keys}
+            return {key for chain in self._manifests.chains(SNAPSHOTS, DataLossError) for key in chain.keys}
         except UnsupportedError as error:
             raise ResourceError(f"no room can be made in the store: {error}") from error
 
+    def chains(self) -> list[Chain]:
+        """What is known of the order in which chunks were used: that of all conversations in the store."""
+        return [
+            chain
+            for folder in (SNAPSHOTS, RESUMABLE)
+            for chain in self._manifests.chains(folder, DataLossError, UnsupportedError)
+        ]
+
     # --- conversations without a slot -------------------------------------------------------------
 
-    def park(self, conversation: Conversation) -> str:
-        """Write a conversation that lost its slot; the name under which it can be resumed."""
-        name = blake3(self.origin.fingerprint + b"".join(conversation.all_keys)).hexdigest(length=16)
-        path, store = manifest_path(name, RESUMABLE), self._tier.store
-        if not store.exists(path):
-            self._save(conversation, name, Progress(), lambda data: store.put_new(path, data))
+    def park(self, parked: Parked) -> None:
+        """Write a conversation under its name, so that it comes back; then remove what it went on from."""
+        conversation, store = parked.conversation, self._tier.store
+        replaced = tuple(name for name in conversation.stored if name != parked.name)
+        path = manifest_path(parked.name, self._resumable)
+        there, version = self._there(path, parked.name)
+        now = (conversation.computed, conversation.named, conversation.snapshot)
+        if there is None or (there.computed, there.named, there.snapshot) != now:
+            self._save(
+                conversation, parked.name, Progress(), lambda data: store.put_if(path, data, version),
+                slot=parked.slot, replaces=replaced, created=conversation.last_used,
+            )  # fmt: skip
             self._forget_old()
-        return name
+        for name in replaced:
+            self.unpark(name)
+
+    def _there(self, path: str, name: str) -> tuple[Manifest | None, str | None]:
+        """A parked conversation's manifest, None for a damaged one, and its version, None if there is none."""
+        try:
+            data, version = self._tier.store.get_versioned(path)
+        except NotFoundError:
+            return None, None
+        try:
+            return decode_manifest(data, name), version
+        except (DataLossError, UnsupportedError):
+            return None, version
 
     def unpark(self, name: str) -> None:
-        """Remove a conversation that went on."""
-        self._tier.store.delete(manifest_path(name, RESUMABLE))
+        """Remove a conversation that is not to come back."""
+        self._tier.store.delete(manifest_path(name, self._resumable))
 
-    def resumable(self) -> list[Conversation]:
-        """Conversations of this model that lost their slot, the last one first."""
-        found = [
-            conversation_of(manifest, resumable=manifest.name)
-            for manifest in self._manifests(RESUMABLE, DataLossError, UnsupportedError)
+    def resumable(self) -> list[Parked]:
+        """Conversations of this model that are to come back, the last one first."""
+        manifests = [
+            manifest
+            for manifest in self._manifests.read(self._resumable, DataLossError, UnsupportedError)
             if manifest.origin == self.origin
         ]
-        return sorted(found, key=lambda conversation: -conversation.last_used)
+        replaced = {name for manifest in manifests for name in manifest.replaces}
+        found = [_parked(manifest) for manifest in manifests if manifest.name not in replaced]
+        return sorted(found, key=lambda parked: -parked.conversation.last_used)
+
+    @property
+    def _resumable(self) -> str:
+        return resumable_folder(self.origin)
 
     # --- inside -----------------------------------------------------------------------------------
 
     def _save(
         self, conversation: Conversation, name: str, progress: Progress, commit: Callable[[bytes], object],
-        *, whole: bool = False,
+        *, whole: bool = False, slot: int | None = None, replaces: tuple[str, ...] = (), created: float = 0.0,
     ) -> Manifest:  # fmt: skip
         """Write chunks, then the manifest; of what nobody has any more, the beginning unless the `whole` is wanted."""
         shape = self.cache.pages.shape
@@ -199,8 +233,9 @@ class Snapshots:
                 conversation = shortened(conversation, lost * PAGE_TOKENS)
             manifest = Manifest.of(
                 name, self.origin, conversation.tokens, computed=conversation.computed, salt=conversation.salt,
-                sampling=conversation.sampling, chunk_bytes=sum(sizes[:lost]), created=time.time(),
-                prompt_tokens=conversation.prompt_tokens,
+                sampling=conversation.sampling, chunk_bytes=sum(sizes[:lost]),
+                created=created or time.time(), prompt_tokens=conversation.prompt_tokens, slot=slot,
+                named=conversation.named, snapshot=conversation.snapshot, replaces=replaces,
             )  # fmt: skip
             progress.check()
             commit(encode_manifest(manifest))
@@ -222,17 +257,6 @@ class Snapshots:
         there = list(self.cache.writers.map(write, keys, sizes))
         return next((number for number, good in enumerate(there) if not good), None)
 
-    def _manifests(self, folder: str, *passed_over: type[NumoeError]) -> Iterator[Manifest]:
-        """The manifests of a folder, but for those that cannot be read for one of these reasons."""
-        for entry in self._tier.store.list(folder):
-            name = entry.key.rsplit("/", 1)[-1]
-            try:
-                yield decode_manifest(self._tier.store.get(entry.key), name)
-            except NotFoundError:
-                continue
-            except passed_over as error:
-                logger.warning("%s", error)
-
     def _info(self, entry: Entry) -> SnapshotInfo:
         name = entry.key.rsplit("/", 1)[-1]
         try:
@@ -250,19 +274,25 @@ class Snapshots:
         )  # fmt: skip
 
     def _forget_old(self) -> None:
-        entries = sorted(self._tier.store.list(RESUMABLE), key=lambda entry: entry.modified)
+        entries = sorted(self._tier.store.list(self._resumable), key=lambda entry: entry.modified)
         for entry in entries[: max(0, len(entries) - MAX_RESUMABLE)]:
             self._tier.store.delete(entry.key)
 
 
-def conversation_of(manifest: Manifest, *, snapshot: str = "", resumable: str = "") -> Conversation:
-    """What a manifest describes."""
+def conversation_of(manifest: Manifest, **rest: Any) -> Conversation:
+    """What a manifest describes; rest: of the conversation."""
     origin = manifest.origin
     keys = ChunkKeys(root_key(origin.fingerprint, origin.kv_type, manifest.salt))
     return Conversation.of(
         keys, manifest.token_ids.tolist(), manifest.computed, salt=manifest.salt, sampling=manifest.sampling,
-        prompt_tokens=manifest.prompt_tokens, snapshot=snapshot, resumable=resumable, last_used=manifest.created,
+        prompt_tokens=manifest.prompt_tokens, last_used=manifest.created, **rest,
     )  # fmt: skip
+
+
+def _parked(manifest: Manifest) -> Parked:
+    stored = (manifest.name, *manifest.replaces)
+    conversation = conversation_of(manifest, stored=stored, named=manifest.named, snapshot=manifest.snapshot)
+    return Parked(conversation, slot=manifest.slot)
 
 
 def shortened(conversation: Conversation, computed: int, said: int | None = None) -> Conversation:

@@ -10,11 +10,13 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from numoe.engine.cache.claims import REMOVES_WITHIN_S, Claims
 from numoe.engine.cache.health import Health
+from numoe.engine.cache.manifests import Chain
 from numoe.engine.errors import NotFoundError, NumoeError, ResourceError, UnavailableError
 from numoe.engine.store import Store
 from numoe.engine.store.keys import CHUNKS, chunk_path
@@ -25,26 +27,38 @@ if TYPE_CHECKING:
 _ROOM: Final = 0.9  # of the limit, after making room
 _SHARE: Final = 32
 """Another server may write this part of the limit before it is noticed: as much stays free for it."""
+_BATCH: Final = 1024
+_DELETERS: Final = 16
+"""Chunks removed after one announcement, and how many of them at a time."""
 _NO_ROOM: Final = "snapshots take up the {limit} bytes for chunks: remove some, or raise --cache-store-limit"
+
+
+_STEP_S: Final = 1e-4  # by which a chunk counts as used before the one in front of it
+_SLOW: Final = "store {url}: no room is made in it, as it takes longer than {bound:g} s to look what is needed"
 
 
 @dataclass
 class _Known:
+    """What is known of a chunk; listed: all of it from a listing, `used` being the time when it was written."""
+
     nbytes: int
     used: float
     learned: float
+    listed: bool = True
 
 
 class StoreTier:
     """The chunks of a store; thread-safe.
 
     limit: bytes of chunks, None for no limit. pinned: the keys that must stay, whatever the limit.
+    chains: conversations, of which some chunks may never have been used by this server.
     reading, writing: whether that works.
     """
 
     def __init__(self, store: Store, limit: int | None, clock: Callable[[], float] = time.monotonic) -> None:
         self.store, self.limit = store, limit
         self.pinned: Callable[[], set[bytes]] = set
+        self.chains: Callable[[], Iterable[Chain]] = tuple
         self.claims = Claims(store)
         self.reading, self.writing = Health("reading from", clock), Health("writing to", clock)
         self._lock = threading.Lock()
@@ -86,7 +100,7 @@ class StoreTier:
         for key in [key for key, known in self._known.copy().items() if key not in found and known.learned < start]:
             self.forget(key)
         for key, (nbytes, modified) in found.items():
-            self._learn(key, nbytes, modified)
+            self._learn(key, nbytes, modified, listed=True)
 
     def knows(self, key: bytes) -> bool:
         """Whether a chunk was there when this server looked last."""
@@ -127,7 +141,7 @@ class StoreTier:
         with self._lock:
             for number, key in enumerate(keys):
                 if (known := self._known.get(key)) is not None:
-                    known.used = now - 1e-4 * number
+                    known.used, known.listed = now - _STEP_S * number, False
 
     # --- reading and writing ----------------------------------------------------------------------
 
@@ -166,11 +180,12 @@ class StoreTier:
             if (known := self._known.pop(key, None)) is not None:
                 self._bytes -= known.nbytes
 
-    def _learn(self, key: bytes, nbytes: int, used: float) -> None:
+    def _learn(self, key: bytes, nbytes: int, used: float, *, listed: bool = False) -> None:
         with self._lock:
             known = self._known.setdefault(key, _Known(0, used, 0.0))
             self._bytes += nbytes - known.nbytes
             known.nbytes, known.used, known.learned = nbytes, max(known.used, used), time.monotonic()
+            known.listed = known.listed and listed
 
     # --- the limit --------------------------------------------------------------------------------
 
@@ -195,12 +210,13 @@ class StoreTier:
     def _make_room(self, nbytes: int, limit: int) -> None:
         """Remove the chunks used longest ago that no snapshot needs, until `nbytes` more fit."""
         self.list_chunks()  # others may have made room already
-        needed, spared = nbytes + self._reserved, set[bytes]()
+        self._order_listed()
+        needed, spared = nbytes + self._reserved, self.pinned()
         while self._bytes + needed > limit - limit // _SHARE:
             with self._lock:
                 oldest = sorted((k.used, key, k.nbytes) for key, k in self._known.items() if key not in spared)
             victims, left = [], self._bytes + needed - int(_ROOM * limit)
-            for _, key, freed in oldest:
+            for _, key, freed in oldest[:_BATCH]:
                 if left <= 0:
                     break
                 victims.append(key)
@@ -209,13 +225,35 @@ class StoreTier:
                 raise ResourceError(_NO_ROOM.format(limit=limit))
             spared |= self._remove(victims)
 
+    def _order_listed(self) -> None:
+        """Say when chunks were used that were only listed: they were written beginning first, and go end first."""
+        used = dict[bytes, float]()
+        for chain in self.chains():
+            for number, key in enumerate(chain.keys):
+                used[key] = max(used.get(key, 0.0), chain.used - _STEP_S * number)
+        with self._lock:
+            for key, at in used.items():
+                if (known := self._known.get(key)) is not None and known.listed:
+                    known.used = at
+
     def _remove(self, victims: list[bytes]) -> set[bytes]:
-        """Remove chunks, but for those that snapshots need or are about to; these."""
+        """Remove chunks, but for those that snapshots need or are about to; these.
+
+        UnavailableError if none is removed or needed, as the store was too slow.
+        """
         until = time.monotonic() + REMOVES_WITHIN_S
-        with self.claims.removing(victims) as needed:
+
+        def remove(key: bytes) -> bool:
+            if time.monotonic() >= until:
+                return False
+            self.store.delete(chunk_path(key))
+            self.forget(key)
+            return True
+
+        with self.claims.removing(victims) as needed, ThreadPoolExecutor(_DELETERS, "cache-remove") as pool:
             needed |= self.pinned()
-            for key in victims:
-                if key not in needed and time.monotonic() < until:
-                    self.store.delete(chunk_path(key))
-                    self.forget(key)
-        return needed.intersection(victims)
+            removed = any(list(pool.map(remove, [key for key in victims if key not in needed])))
+        spared = needed.intersection(victims)
+        if not removed and not spared:
+            raise UnavailableError(_SLOW.format(url=self.store.url, bound=REMOVES_WITHIN_S))
+        return spared

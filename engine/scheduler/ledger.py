@@ -4,7 +4,7 @@ Between the scheduler and the prompt cache. Whoever runs them asks the cache how
 of `drain_lookups` and answers with `looked_up`, soon or the prompt begins without it; brings what
 `drain_loads` lists into the pages and answers through `Scheduler.loaded`; saves what `drain_published`
 lists and says `saved`; keeps conversations that lost their slot (`drain_parked`) and says `end_read`;
-and hands on those that went on (`drain_superseded`).
+and forgets those that were erased (`drain_erased`).
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from numoe.engine.errors import ResourceError
 from numoe.engine.kv.pages import PAGE_TOKENS, PageAllocator
 from numoe.engine.scheduler.batch import Batch
-from numoe.engine.scheduler.conversation import Conversation, Parked, TailIndex
+from numoe.engine.scheduler.conversation import Conversation, Parked, ParkedIndex, TailIndex
 from numoe.engine.scheduler.load import Load, Tail
 from numoe.engine.scheduler.sequence import Sequence
 from numoe.engine.scheduler.slots import Slots
@@ -36,14 +36,14 @@ class Ledger:
     def __init__(self, config: SchedulerConfig, slots: Slots) -> None:
         self._config, self._slots = config, slots
         self.allocator = PageAllocator(config.n_pages, saves=config.caches)
-        self._tails = TailIndex()
+        self._tails, self._away = TailIndex(), ParkedIndex()
         self._borrowed: Counter[int] = Counter()
         self._loading: dict[Load, Sequence] = {}
         self._lookups: list[Sequence] = []
         self._loads: list[Load] = []
         self._published: list[tuple[Seq[bytes], Seq[bytes]]] = []
         self._parked: list[Parked] = []
-        self._superseded: list[str] = []
+        self._erased: list[str] = []
 
     # --- pages of a sequence ---------------------------------------------------------------------------
 
@@ -74,7 +74,7 @@ class Ledger:
         tail = self._tail(sequence, usable) if len(taken) == len(wanted) else None
         if taken or tail is not None:
             pages = sequence.table.pages[first : first + len(taken)]
-            self._begin_load(sequence, Load(first, tuple(taken), tuple(pages), tail))
+            self._begin_load(sequence, Load(tuple(keys[:first]), tuple(taken), tuple(pages), tail))
 
     def pages_come(self, sequence: Sequence) -> bool:
         """Whether more of what is cached of a sequence can be loaded when pages that are saved come free."""
@@ -159,7 +159,7 @@ class Ledger:
             sequence.table.publish(len(kept.keys), kept.tail, kept.computed % PAGE_TOKENS)
         if held is not None:  # this one goes on from there
             self._tails.remove(held)
-            self._superseded += [held.resumable] if held.resumable else []
+        kept = dataclasses.replace(kept, stored=(*(held.stored if held else ()), *self._away.take(kept)))
         self._slots.conversations[slot] = kept
         self._tails.add(kept)
         if self._config.caches:
@@ -168,32 +168,56 @@ class Ledger:
     def replace_conversation(self, slot: int, conversation: Conversation | None) -> None:
         """Give a slot another conversation, or none; the one it had is parked: it can still come back."""
         held = self._slots.conversations[slot]
-        self._slots.conversations[slot] = conversation
         if conversation is not None:
+            stored = (*conversation.stored, *self._away.take(conversation))
+            conversation = dataclasses.replace(conversation, stored=stored)
             self._tails.add(conversation)
+        self._slots.conversations[slot] = conversation
         if self._config.caches and held is not None and not any(held is other for other in self._slots.conversations):
-            pages = [page for key in held.all_keys if (page := self.begin_read(key)) is not None]
-            self._parked.append(Parked(held, tuple(pages)))
+            pages = {key: page for key in held.all_keys if (page := self.begin_read(key)) is not None}
+            self._parked.append(Parked(held, pages))
+            self._away.add(held, self._parked[-1].name)
 
     def forget_conversation(self, slot: int) -> None:
         """Empty a slot for good."""
         if (held := self._slots.conversations[slot]) is not None:
             self._slots.conversations[slot] = None
             self._tails.remove(held)
-            self._superseded += [held.resumable] if held.resumable else []
+            self._erased += held.stored
 
-    def note_conversation(self, slot: int, before: Conversation, **changes: str | bool) -> None:
+    def note_conversation(self, slot: int, before: Conversation, **changes: Any) -> None:
         """Note something about a slot's conversation, if it is still `before`."""
         if self._slots.conversations[slot] is before:
-            self._slots.conversations[slot] = dataclasses.replace(before, **changes)  # type: ignore[arg-type]
+            self._slots.conversations[slot] = dataclasses.replace(before, **changes)
 
-    def offer(self, conversation: Conversation) -> None:
-        """Let a conversation come back by itself: in an empty slot, or when a prompt goes on from it."""
-        self._tails.add(conversation)
+    def offer(self, parked: Seq[Parked]) -> None:
+        """Let conversations come back by themselves: in their slots, in empty ones, or when prompts go on from them.
+
+        The first ones get slots first. What a slot has gone on with already is not offered beside it.
+        """
+        parked = [one for one in parked if not self._gone_on(one.conversation)]
+        for one in parked:
+            self._tails.add(one.conversation)
+        empty = [n for n, held in enumerate(self._slots.conversations) if held is None and self._slots.is_free(n)]
+        for one in sorted(parked, key=lambda one: one.slot not in empty):
+            if one.slot in empty:
+                slot = one.slot
+            elif empty:
+                slot = empty[0]
+            else:
+                for name in one.conversation.stored:
+                    self._away.add(one.conversation, name)
+                continue
+            empty.remove(slot)
+            self._slots.conversations[slot] = one.conversation
+
+    def _gone_on(self, parked: Conversation) -> bool:
+        """Whether a slot's conversation goes on from one that is in the store; it takes its place there then."""
         for slot, held in enumerate(self._slots.conversations):
-            if held is None and self._slots.is_free(slot):
-                self._slots.conversations[slot] = conversation
-                return
+            if held is not None and held.root == parked.root and parked.begins(held.tokens):
+                self.note_conversation(slot, held, stored=(*held.stored, *parked.stored))
+                return True
+        return False
 
     def cached_tokens(self, slot: int) -> int:
         """Tokens of a slot's conversation whose keys and values are in pages."""
@@ -300,10 +324,10 @@ class Ledger:
         parked, self._parked = self._parked, []
         return parked
 
-    def drain_superseded(self) -> list[str]:
-        """Names (`Conversation.resumable`) of conversations that went on or were erased."""
-        superseded, self._superseded = self._superseded, []
-        return superseded
+    def drain_erased(self) -> list[str]:
+        """Names (`Conversation.stored`) of conversations that were erased."""
+        erased, self._erased = self._erased, []
+        return erased
 
     def check_integrity(self, running: Seq[Sequence]) -> None:
         """Raise RuntimeError unless the pages that are given out are those of `running` and the borrowed ones."""

@@ -22,17 +22,23 @@ class Tail:
 
 @dataclass(eq=False)
 class Load:
-    """What to bring into pages before a sequence runs: full chunks from number `first` on, then a tail.
+    """What to bring into pages before a sequence runs: full chunks, then a tail.
 
+    before: the chunks in front of them, which are in pages already.
     All pages have a reference of the load's own, so that nobody else gets them while it is under
     way. `cancelled` when the sequence has ended or lost its slot: stop, and report as always.
     """
 
-    first: int
+    before: tuple[bytes, ...]
     keys: tuple[bytes, ...]
     pages: tuple[int, ...]
     tail: Tail | None
     cancelled: bool = False
+
+    @property
+    def first(self) -> int:
+        """The number of the first chunk."""
+        return len(self.before)
 
     @property
     def held(self) -> list[int]:

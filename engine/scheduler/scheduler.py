@@ -149,7 +149,9 @@ class Scheduler:
         """
         self._now, self.starved = time.time() if now is None else now, False
         self._expire(self._now)
-        self._admit()
+        if self._waiting:
+            self._reserve()
+            self._admit()
         ready = [s for s in self.slots.running() if s.load is None]
         chosen = [(s, 1) for s in ready if s.is_decoding and self._make_room(s, len(s.tokens))]
         budget = self.config.chunk_tokens
@@ -166,6 +168,12 @@ class Scheduler:
                 parts.append(Part(sequence, sequence.computed, rows, logits if ends else None))
                 logits += ends
         return Batch.of(parts, self._page_tables) if parts else None
+
+    def _reserve(self) -> None:
+        """Give those who run the pages that they need next: who joined with these had to give way, and join again."""
+        for sequence in self.slots.running():
+            if sequence.load is None:
+                self._make_room(sequence, sequence.computed + min(self.config.chunk_tokens, sequence.pending))
 
     def again(self, batch: Batch) -> Batch | None:
         """A batch whose forward pass failed, without the requests that have ended meanwhile; None if all have.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from numoe.engine.errors import NotFoundError, PreconditionError
+from numoe.engine.errors import BusyError, NotFoundError
 from numoe.engine.requests import SlotState, SlotStatus
 from numoe.engine.scheduler.conversation import Conversation
 from numoe.engine.scheduler.sequence import Sequence
@@ -65,7 +65,7 @@ class Slots:
         return min(held, key=lambda slot: (held[slot].named, held[slot].last_used), default=None)
 
     def begin(self, slot: int, operation: Operation) -> None:
-        """Keep a slot to oneself; PreconditionError while it is in use, NotFoundError if there is none."""
+        """Keep a slot to oneself; BusyError while it is in use, NotFoundError if there is none."""
         self.check(slot)
         if not self.is_free(slot):
             raise busy(slot)
@@ -93,6 +93,6 @@ class Slots:
         )  # fmt: skip
 
 
-def busy(slot: int) -> PreconditionError:
+def busy(slot: int) -> BusyError:
     """What somebody is told who cannot have a slot."""
-    return PreconditionError(f"slot {slot} is in use: wait for it (a request's or command's wait), or use another slot")
+    return BusyError(f"slot {slot} is in use: wait for it (a request's or command's wait), or use another slot")

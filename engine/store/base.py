@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from numoe.engine.errors import InputError, NotFoundError, PreconditionError
-from numoe.engine.store.failures import STORE_FAILURES, store_error
+from numoe.engine.store.failures import STORE_FAILURES, MissingStoreError, store_error
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -21,11 +21,15 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Entry:
-    """An object in a listing: its name, its size in bytes, when it was written (seconds since 1970)."""
+    """An object in a listing: its name, its size in bytes, when it was written (seconds since 1970).
+
+    tag: another one when the object is written anew; empty if the store has none.
+    """
 
     key: str
     size: int
     modified: float
+    tag: str = ""
 
 
 class Store(ABC):
@@ -35,8 +39,9 @@ class Store(ABC):
 
     Raises InputError for an impossible name, NotFoundError for a missing object, PreconditionError,
     AccessError for missing or wrong credentials, ResourceError for a full store, UnavailableError
-    for one that cannot be reached. After an UnavailableError of a write nobody knows whether it
-    happened; it may simply be repeated.
+    for one that cannot be reached or whose bucket is gone (which `head` cannot tell from a missing
+    object). After an UnavailableError of a write nobody knows whether it happened; it may simply be
+    repeated.
     """
 
     def __init__(self, url: str, deadline: float) -> None:
@@ -97,8 +102,14 @@ class Store(ABC):
         self._do(f"removing {key}", lambda: self._delete(check_key(key)))
 
     def check(self) -> None:
-        """Raise what using the store would raise: UnavailableError, AccessError, …; it changes nothing."""
-        self.list("check")
+        """Raise what using the store would raise: UnavailableError, AccessError, …; it changes nothing.
+
+        NotFoundError if there is no such bucket: here, that is a name that is wrong rather than a store that is away.
+        """
+        try:
+            self.list("check")
+        except MissingStoreError as error:
+            raise NotFoundError(str(error)) from error
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"

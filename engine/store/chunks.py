@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _MAGIC: Final = b"numoeKV\n"
 _FIXED: Final = struct.Struct("<8s4IQ32s32s")
 _CHECKSUM: Final = 32
-_CURE: Final = "remove it, and what it held is computed again"
+_CURE: Final = "what it held is computed again when a prompt needs it"
 
 
 @dataclass(frozen=True)

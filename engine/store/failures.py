@@ -22,6 +22,11 @@ from numoe.engine.errors import (
 STORE_FAILURES: Final = (exceptions.BaseError, OSError, ValueError, NotImplementedError)
 """What obstore and the operating system raise; anything else is a defect."""
 
+
+class MissingStoreError(UnavailableError):
+    """The bucket of a store is not there, so that nothing can be told about what was in it."""
+
+
 _ERRNO: Final[dict[type[NumoeError], tuple[int, ...]]] = {
     NotFoundError: (errno.ENOENT,),
     AccessError: (errno.EACCES, errno.EPERM, errno.EROFS),
@@ -34,6 +39,7 @@ _STATUS: Final[dict[int, type[NumoeError]]] = {
 }  # fmt: skip
 _CURES: Final[dict[type[NumoeError], str]] = {
     NotFoundError: "check the name, and that the bucket or folder exists",
+    MissingStoreError: "make the bucket, or check its name",
     AccessError: "check the credentials (for s3://, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) and their permissions",
     PreconditionError: "somebody else wrote it meanwhile: read it again",
     ResourceError: "make room, raise the limit, or use another store",
@@ -42,6 +48,7 @@ _CURES: Final[dict[type[NumoeError], str]] = {
     UnavailableError: "check that the store runs and can be reached; what it would have held is computed again",
 }
 _FULL: Final = re.compile(r"StorageFull|QuotaExceeded|InsufficientStorage|no space left", re.IGNORECASE)
+_NO_BUCKET: Final = re.compile(r"NoSuchBucket|ContainerNotFound|specified bucket does not exist")
 _NO_CREDENTIALS: Final = re.compile(r"169\.254\.169\.254|metadata\.google\.internal|credential", re.IGNORECASE)
 
 
@@ -62,6 +69,8 @@ def timeout_error(doing: str, url: str, seconds: float) -> UnavailableError:
 
 
 def _kind(error: Exception) -> type[NumoeError]:
+    if _NO_BUCKET.search(str(error)):
+        return MissingStoreError
     match error:
         case exceptions.AlreadyExistsError() | exceptions.PreconditionError():
             return PreconditionError

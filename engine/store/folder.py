@@ -113,7 +113,8 @@ class FolderStore(Store):
                 file = Path(path, name)
                 with contextlib.suppress(FileNotFoundError):  # removed while we look
                     status = file.stat()
-                    entries.append(Entry(str(file.relative_to(self._root)), status.st_size, status.st_mtime))
+                    tag = f"{status.st_ino} {status.st_mtime_ns}"
+                    entries.append(Entry(str(file.relative_to(self._root)), status.st_size, status.st_mtime, tag))
         return [entry for entry in entries if not entry.key.startswith(".")]
 
     def _delete(self, key: str) -> None:

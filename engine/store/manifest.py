@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
     from numoe.engine.store.fingerprint import ModelFingerprint
 
-MANIFEST_VERSION: Final = 1
+MANIFEST_VERSION: Final = 2  # the first had no slot
 _MAGIC: Final = b"numoeSS\n"
 _CHECKSUM: Final = 32
 _NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 SNAPSHOTS: Final = "snapshots"
 RESUMABLE: Final = "resumable"
-"""The folders of snapshots that users name, and of conversations that lost their slot."""
+"""The folders of snapshots that users name, and of conversations that come back by themselves."""
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -66,6 +66,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     sampling:    how that request chose tokens; with the tokens that is all its state.
     chunk_bytes: bytes of the chunks' objects together, the partial one's included.
     created:     seconds since 1970.
+    slot:        that it is to come back in, or None. named: whether a user named that.
+    snapshot:    that it was saved to or restored from last, or empty.
+    replaces:    names of those that it went on from: they are not to come back beside it.
     """
 
     name: str
@@ -79,6 +82,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     chunk_bytes: int
     created: float
     prompt_tokens: int = 0
+    slot: int | None = None
+    named: bool = False
+    snapshot: str = ""
+    replaces: tuple[str, ...] = ()
     version: int = MANIFEST_VERSION
 
     @property
@@ -95,6 +102,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def of(
         cls, name: str, origin: Origin, token_ids: npt.ArrayLike, *, computed: int, salt: bytes = b"",
         sampling: SamplingParams, chunk_bytes: int, created: float, prompt_tokens: int = 0,
+        slot: int | None = None, named: bool = False, snapshot: str = "", replaces: tuple[str, ...] = (),
     ) -> Self:  # fmt: skip
         """A manifest whose chunk keys follow from the rest."""
         ids = np.asarray(token_ids, "<i4")
@@ -104,7 +112,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return cls(
             name=check_name(name), origin=origin, tokens=ids.tobytes(), computed=computed, chunk_keys=keys,
             partial_key=partial, salt=salt, sampling=sampling, chunk_bytes=chunk_bytes, created=created,
-            prompt_tokens=prompt_tokens,
+            prompt_tokens=prompt_tokens, slot=slot, named=named, snapshot=snapshot, replaces=replaces,
         )  # fmt: skip
 
 
@@ -129,9 +137,9 @@ def decode_manifest(data: Buffer, name: str) -> Manifest:
         raise _damaged(name, "it fails its checksum")
     try:
         version = msgspec.msgpack.decode(payload, type=_Version).version
-        if version != MANIFEST_VERSION:
+        if not 1 <= version <= MANIFEST_VERSION:
             raise UnsupportedError(
-                f"snapshot {name} has version {version}, where {MANIFEST_VERSION} is read; use a newer numoe"
+                f"snapshot {name} has version {version}, where up to {MANIFEST_VERSION} is read; use a newer numoe"
             )
         manifest = msgspec.msgpack.decode(payload, type=Manifest)
     except msgspec.DecodeError as error:
@@ -155,6 +163,11 @@ def check_compatible(manifest: Manifest, ours: Origin) -> None:
                 f"snapshot {manifest.name} does not fit: {field} is {saved} there and {running} here; "
                 "serve the model that it was saved with, or compute the prompt again"
             )
+
+
+def resumable_folder(origin: Origin) -> str:
+    """The folder of the conversations that can come back with this model and KV type."""
+    return f"{RESUMABLE}/{root_key(origin.fingerprint, origin.kv_type).hex()[:32]}"
 
 
 def manifest_path(name: str, folder: str = SNAPSHOTS) -> str:

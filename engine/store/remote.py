@@ -57,7 +57,7 @@ class RemoteStore(Store):
     def _list(self, folder: str) -> list[Entry]:
         async def collect() -> list[Entry]:
             found = await obstore.list(self._store, folder or None).collect_async()
-            return [Entry(meta["path"], meta["size"], meta["last_modified"].timestamp()) for meta in found]
+            return [Entry(m["path"], m["size"], m["last_modified"].timestamp(), m["e_tag"] or "") for m in found]
 
         return self._run(f"listing {folder or 'it'}", collect())
 

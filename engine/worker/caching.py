@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final
 
 from numoe.engine.cache import PromptCache, RamTier, Snapshots, StoreTier
+from numoe.engine.cache.health import OUTAGES
 from numoe.engine.errors import NumoeError
 from numoe.engine.kv.pages import PAGE_TOKENS
 from numoe.engine.requests import CacheStatus
@@ -28,11 +29,21 @@ if TYPE_CHECKING:
     from numoe.engine.scheduler.conversation import Conversation
 
 logger = logging.getLogger(__name__)
+RESUMES_WITHIN_S: Final = 2.0
+"""Longer does nobody wait at the start for the conversations that are offered again."""
 _JOBS: Final = 8
 _LOOKUPS: Final = 4
 _READERS: Final = 4
 _WRITERS: Final = 4
-_WRITE_BUFFER: Final = 4  # chunks that may wait for the store where host memory is not to be used
+_WRITE_BUFFER: Final = 4  # chunks that may wait for the store however little host memory is to be used
+
+
+class LostChunkError(NumoeError):
+    """Nobody has chunk `number` of a conversation any more."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"chunk {number} of the conversation is in no cache any more")
+        self.number = number
 
 
 class Caching:
@@ -54,15 +65,18 @@ class Caching:
         self.cache: PromptCache | None = None
         self.snapshots: Snapshots | None = None
         self._parking: Parking | None = None
+        self._leaving: dict[bytes, list[int]] = {}  # pages of conversations that are being parked, by chunk
+        self._closed = threading.Event()
         self._jobs = ThreadPoolExecutor(_JOBS, "cache-job")
         self.origin = origin or Origin(fingerprint=b"", parts={}, kv_type="")
         if origin is not None and (ram is not None or tier is not None):
-            if ram is None:
-                ram = RamTier(0, _WRITE_BUFFER * pages.shape(PAGE_TOKENS).object_bytes)
+            ram = ram or RamTier(0)
+            if tier is not None:
+                ram.reserve = _WRITE_BUFFER * pages.shape(PAGE_TOKENS).object_bytes
             self.cache = PromptCache(pages, self, self.readers, self._writers, ram, tier)
             self.snapshots = Snapshots(self.cache, origin)
             if tier is not None:
-                self._parking = Parking(self.snapshots, tier, self._end_read)
+                self._parking = Parking(self.snapshots, tier, self._parked)
 
     # --- the engine's side, its lock held ---------------------------------------------------------
 
@@ -71,14 +85,11 @@ class Caching:
         for load in self._scheduler.ledger.drain_loads():
             self._jobs.submit(self._load, load)
         lookups, parked = self._scheduler.ledger.drain_lookups(), self._scheduler.ledger.drain_parked()
-        superseded, published = self._scheduler.ledger.drain_superseded(), self._scheduler.ledger.drain_published()
-        if self._parking is None:
-            for park in parked:
-                self._scheduler.ledger.end_read(park.pages)
-        else:
-            for park in parked:
-                self._parking.park(park)
-            for name in superseded:
+        erased, published = self._scheduler.ledger.drain_erased(), self._scheduler.ledger.drain_published()
+        for park in parked:
+            self._park(park)
+        if self._parking is not None:
+            for name in erased:
                 self._parking.unpark(name)
         if self.cache is None:
             return
@@ -95,19 +106,30 @@ class Caching:
 
     # --- start and stop ---------------------------------------------------------------------------
 
-    def resume(self) -> int:
-        """Offer the conversations again that lost their slots; how many there are."""
-        if self.snapshots is None or self.cache is None or self.cache.tier is None:
-            return 0
-        try:
-            conversations = self.snapshots.resumable()
-        except NumoeError as error:
-            logger.warning("earlier conversations are not offered: %s", error)
-            return 0
-        with self._changed:
-            for conversation in conversations:
-                self._scheduler.ledger.offer(conversation)
-        return len(conversations)
+    def resume(self) -> None:
+        """Offer the conversations again that are in the store; later, if it does not answer soon."""
+        if self.snapshots is not None and self.cache is not None and self.cache.tier is not None:
+            offering = threading.Thread(
+                target=self._offer, args=(self.snapshots, self.cache.tier), name="cache-resume", daemon=True
+            )
+            offering.start()
+            offering.join(RESUMES_WITHIN_S)
+
+    def _offer(self, snapshots: Snapshots, tier: StoreTier) -> None:
+        while not self._closed.is_set():
+            try:
+                with tier.reading.watch():
+                    parked = snapshots.resumable()
+            except OUTAGES as error:
+                logger.warning("earlier conversations are offered later: %s", error)
+                self._closed.wait(tier.reading.seconds_to_wait)
+            except NumoeError as error:
+                logger.warning("earlier conversations are not offered: %s", error)
+                return
+            else:
+                with self._changed:
+                    self._scheduler.ledger.offer(parked)
+                return
 
     def save_all(self, until: float) -> None:
         """Write the conversations of all slots, until `time.monotonic()` is `until`."""
@@ -115,14 +137,15 @@ class Caching:
             return
         with self._changed:
             self.collect()
-            for conversation in self._scheduler.slots.conversations:
-                if conversation is not None and not conversation.resumable:
-                    self._parking.park(Parked(conversation, ()))
+            for slot, conversation in enumerate(self._scheduler.slots.conversations):
+                if conversation is not None:
+                    self._parking.park(Parked(conversation, slot=slot))
         self._parking.flush(until)
         self.cache.flush(until)
 
     def close(self) -> None:
         """Stop the background."""
+        self._closed.set()
         for pool in (self._jobs, self._lookups, self.readers, self._writers):
             pool.shutdown(wait=False, cancel_futures=True)
         if self._parking is not None:
@@ -151,23 +174,50 @@ class Caching:
         """See `PageBroker`."""
         with self._changed:
             self._scheduler.ledger.saved(key)
+            if self._is_in_ram(key):
+                self._leave([key])
             self._changed.notify_all()
+
+    def _is_in_ram(self, key: bytes) -> bool:
+        """Whether a chunk is in host memory, which drops none that is not in the store."""
+        return self.cache is not None and key in self.cache.ram
+
+    def _park(self, parked: Parked) -> None:
+        """Keep a conversation that lost its slot, and its pages as long as nothing else has what is in them."""
+        for key, page in parked.pages.items():
+            self._leaving.setdefault(key, []).append(page)
+        if self._parking is None:
+            self._leave(parked.pages)
+        else:
+            self._leave(key for key in parked.pages if self._is_in_ram(key))
+            self._parking.park(parked)
+
+    def _parked(self, parked: Parked) -> None:
+        with self._changed:
+            self._leave(parked.pages)
+            self._changed.notify_all()
+
+    def _leave(self, keys: Iterable[bytes]) -> None:
+        """Let others have the pages of chunks that conversations leave behind."""
+        for key in keys:
+            self._scheduler.ledger.end_read(self._leaving.pop(key, ()))
 
     def in_slot(self, key: bytes) -> bool:
         """See `PageBroker`."""
         with self._changed:
             return self._scheduler.ledger.in_slot(key)
 
-    def chunks(self, conversation: Conversation, held: Conversation) -> list[Buffer]:
-        """The objects of a conversation's chunks, as many as there are; `held`: the one that it is the beginning of."""
-        objects: list[Buffer] = []
+    def chunks(self, conversation: Conversation, held: Conversation) -> Iterator[Buffer]:
+        """The objects of a conversation's chunks; `held`: the one that it is the beginning of.
+
+        Raises LostChunkError at the first that nobody has.
+        """
         for number, key in enumerate(conversation.all_keys):
             tokens = len(conversation.chunk(number))
             layers = self._layers(held.all_keys[number], tokens, len(held.chunk(number)))
             if layers is None:
-                break
-            objects.append(encode_chunk(key, self.pages.shape(tokens).kv_type, layers, tokens))
-        return objects
+                raise LostChunkError(number)
+            yield encode_chunk(key, self.pages.shape(tokens).kv_type, layers, tokens)
 
     def _layers(self, key: bytes, tokens: int, held_tokens: int) -> Sequence[Buffer] | None:
         """The first `tokens` tokens of a chunk, or None if nobody has it."""

@@ -108,9 +108,9 @@ class Engine:
         with self._changed:
             return self._pulse.why_stuck()
 
-    def resume(self) -> int:
-        """Offer the conversations again that an earlier server left in the store; how many there are."""
-        return self._caching.resume()
+    def resume(self) -> None:
+        """Offer the conversations again that an earlier server left in the store, later if it is slow or away."""
+        self._caching.resume()
 
     def stop(self, why: str = "") -> None:
         """Make `run` return after the step under way; requests still there end with "unavailable", and why.

@@ -1,4 +1,4 @@
-"""Conversations without a slot on their way to the store, and out of it when they have gone on."""
+"""Conversations without a slot on their way to the store, and out of it when they are erased."""
 
 from __future__ import annotations
 
@@ -6,30 +6,31 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 from numoe.engine.cache import Snapshots, StoreTier
 from numoe.engine.cache.health import OUTAGES
 from numoe.engine.errors import NumoeError
-from numoe.engine.scheduler.conversation import Conversation, Parked
+from numoe.engine.scheduler.conversation import Parked
 
 logger = logging.getLogger(__name__)
 _LATER: Final = 256
-"""Conversations at most that wait for a store which does not work; the oldest are given up."""
+"""Jobs at most that wait for a store which does not work; the oldest are given up."""
 
 
 class Parking:
     """A thread that writes one conversation after the other; each method may be called from any thread.
 
-    end_read: takes the pages that hold a conversation when it is written, or cannot be for now.
+    done: takes a conversation when it is written, or cannot be for now: its pages need not hold it any more.
     """
 
-    def __init__(self, snapshots: Snapshots, tier: StoreTier, end_read: Callable[[Sequence[int]], None]) -> None:
-        self._snapshots, self._tier, self._end_read = snapshots, tier, end_read
+    def __init__(self, snapshots: Snapshots, tier: StoreTier, done: Callable[[Parked], None]) -> None:
+        self._snapshots, self._tier, self._done = snapshots, tier, done
         self._changed = threading.Condition()
         self._queue: deque[Parked | str] = deque()
-        self._later: deque[Conversation] = deque(maxlen=_LATER)
+        self._later: deque[Parked | str] = deque(maxlen=_LATER)
         self._busy = self._closed = False
         threading.Thread(target=self._run, name="cache-park", daemon=True).start()
 
@@ -38,7 +39,7 @@ class Parking:
         self._put(parked)
 
     def unpark(self, name: str) -> None:
-        """Remove one that went on (`Conversation.resumable`)."""
+        """Remove one that was erased (`Conversation.stored`)."""
         self._put(name)
 
     def flush(self, deadline: float) -> None:
@@ -70,7 +71,7 @@ class Parking:
                 logger.exception("a conversation could not be kept")
             finally:
                 if isinstance(job, Parked):
-                    self._end_read(job.pages)
+                    self._done(job)
                 with self._changed:
                     self._busy = False
                     self._changed.notify_all()
@@ -82,19 +83,28 @@ class Parking:
                 pause = self._tier.writing.seconds_to_wait
                 if self._queue or (self._later and not pause):
                     self._busy = True
-                    return self._queue.popleft() if self._queue else Parked(self._later.popleft(), ())
+                    return (self._queue or self._later).popleft()
                 self._changed.wait(pause if self._later else None)
         return None
 
     def _do(self, job: Parked | str) -> None:
-        if isinstance(job, str):
-            self._snapshots.unpark(job)
-            return
+        self._leave_out({job} if isinstance(job, str) else {job.name, *job.conversation.stored})
+        later = job if isinstance(job, str) else replace(job, pages={})
         if self._tier.writing.seconds_to_wait:
-            self._later.append(job.conversation)
+            self._later.append(later)
             return
         try:
-            self._snapshots.park(job.conversation)
+            with self._tier.writing.watch():
+                if isinstance(job, str):
+                    self._snapshots.unpark(job)
+                else:
+                    self._snapshots.park(job)
         except OUTAGES as error:
             logger.info("a conversation is kept later: %s", error)
-            self._later.append(job.conversation)
+            self._later.append(later)
+
+    def _leave_out(self, names: set[str]) -> None:
+        """Write no conversation later that has been erased since, or that another goes on from."""
+        for job in list(self._later):
+            if isinstance(job, Parked) and job.name in names:
+                self._later.remove(job)

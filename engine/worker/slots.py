@@ -15,16 +15,17 @@ from typing import Final
 import numpy as np
 
 from numoe.engine.cache import Snapshots
-from numoe.engine.cache.archive import NAME, read_archive, write_archive
+from numoe.engine.cache.archive import NAME, Archive, open_archive, write_archive
 from numoe.engine.cache.cache import Layers
 from numoe.engine.cache.snapshots import Progress, StoppedError, conversation_of, shortened
-from numoe.engine.errors import DataLossError, NotFoundError, NumoeError, PreconditionError, ResourceError
+from numoe.engine.errors import BusyError, DataLossError, NotFoundError, NumoeError, PreconditionError, ResourceError
+from numoe.engine.kv.pages import PAGE_TOKENS
 from numoe.engine.requests import Event, SlotProgress, SlotReport, SnapshotInfo
 from numoe.engine.scheduler import Scheduler
 from numoe.engine.scheduler.conversation import Conversation
 from numoe.engine.scheduler.slots import Operation
 from numoe.engine.store.manifest import Manifest, check_name
-from numoe.engine.worker.caching import Caching
+from numoe.engine.worker.caching import Caching, LostChunkError
 
 logger = logging.getLogger(__name__)
 _PROGRESS_S: Final = 0.05  # between two reports
@@ -108,7 +109,7 @@ class SlotOperations:
             self._kept(target, "restoring", wait_until, progress),
         ):
             conversation = self._conversation(slot)
-            copy = dataclasses.replace(conversation, named=True, resumable="", last_used=time.time())
+            copy = dataclasses.replace(conversation, named=True, stored=(), last_used=time.time())
             with self._changed:
                 self._scheduler.ledger.replace_conversation(target, copy)
                 self._caching.collect()
@@ -197,17 +198,20 @@ class SlotOperations:
         """Give a slot the conversation in a file; None if there is no such file. Errors as `restore`."""
         start, progress = time.perf_counter(), Progress()
         try:
-            archive = read_archive(path, self._caching.origin)
+            with open_archive(path, self._caching.origin) as archive:
+                conversation = self._load_archive(archive, slot, progress)
         except FileNotFoundError:
             return None
+        return _report(slot, conversation, str(path), conversation.computed, progress, start)
 
+    def _load_archive(self, archive: Archive, slot: int, progress: Progress) -> Conversation:
         def read(key: bytes, tokens: int) -> Layers:
-            return archive.read(key, self._caching.pages.shape(tokens)), archive.chunks[key].nbytes
+            return archive.read(key, self._caching.pages.shape(tokens)), archive.places[key][1]
 
         conversation = dataclasses.replace(conversation_of(archive.manifest), named=True, last_used=time.time())
         with self._kept(slot, "restoring", None):
             self.bring(slot, conversation, progress, read, saved=False)
-        return _report(slot, conversation, str(path), conversation.computed, progress, start)
+        return conversation
 
     def save_file(self, path: Path, *, all_tokens: bool, slot: int = 0) -> None:
         """Write a slot's conversation, or only its prompt, to a file; an empty slot leaves the file as it is."""
@@ -218,22 +222,31 @@ class SlotOperations:
         kept = held
         if not all_tokens and held.prompt_tokens < len(held.tokens):
             kept = shortened(held, min(held.computed, held.prompt_tokens), said=held.prompt_tokens)
-        chunks = self._caching.chunks(kept, held)
-        kept = shortened(kept, sum(len(kept.chunk(number)) for number in range(len(chunks))))
-        manifest = Manifest.of(
+        while True:
+            manifest = self._file_manifest(kept)
+            if self._is_poorer(path, manifest):
+                logger.warning("%s stays as it is: it holds more of the conversation than is there now", path)
+                return
+            try:
+                write_archive(path, manifest, self._caching.chunks(kept, held))
+            except LostChunkError as lost:  # what is in front of it is of use
+                kept = shortened(kept, lost.number * PAGE_TOKENS)
+            else:
+                return
+
+    def _file_manifest(self, kept: Conversation) -> Manifest:
+        shape = self._caching.pages.shape
+        return Manifest.of(
             NAME, self._caching.origin, kept.tokens, computed=kept.computed, salt=kept.salt, sampling=kept.sampling,
-            chunk_bytes=sum(memoryview(chunk).nbytes for chunk in chunks), created=time.time(),
-            prompt_tokens=kept.prompt_tokens,
+            chunk_bytes=sum(shape(len(kept.chunk(number))).object_bytes for number in range(len(kept.all_keys))),
+            created=time.time(), prompt_tokens=kept.prompt_tokens,
         )  # fmt: skip
-        if self._is_poorer(path, manifest):
-            logger.warning("%s stays as it is: it holds more of the conversation than is there now", path)
-        else:
-            write_archive(path, manifest, iter(chunks))
 
     def _is_poorer(self, path: Path, manifest: Manifest) -> bool:
         """Whether a file has the beginning of the same conversation, and more of its keys and values."""
         try:
-            old = read_archive(path, self._caching.origin).manifest
+            with open_archive(path, self._caching.origin) as archive:
+                old = archive.manifest
         except (FileNotFoundError, NumoeError):
             return False
         same = old.salt == manifest.salt and np.array_equal(old.token_ids, manifest.token_ids[: len(old.token_ids)])
@@ -290,13 +303,13 @@ class SlotOperations:
     def _kept(
         self, slot: int, operation: Operation, wait_until: float | None, progress: Progress | None = None
     ) -> Iterator[None]:
-        """Keep a slot from requests and other operations; PreconditionError if it is in use for too long."""
+        """Keep a slot from requests and other operations; BusyError if it is in use for too long."""
         with self._changed:
             while True:
                 try:
                     self._scheduler.slots.begin(slot, operation)
                     break
-                except PreconditionError:
+                except BusyError:
                     left = 0.0 if wait_until is None else wait_until - time.time()
                     if left <= 0:
                         raise

@@ -237,6 +237,11 @@ def test_a_prompt_cache_file_is_read_at_the_start(tiny_model: Path, tmp_path: Pa
     flags = ("--store", "none", "--prompt-cache", tmp_path / "state", "--prompt-cache-all")
     with serving(tiny_model, *flags) as (_, client):
         told = OTHER + answer(client, OTHER, slot_id=0).token_ids
+        for start in range(4):  # take all pages: host memory has what was in them, without a store
+            answer(client, [(start + i) % 250 for i in range(1000)], 1, slot_id=1)
+        assert answer(client, told, slot_id=0).cached_tokens == len(told) - 1
+        assert client.status().cache.hits_ram > 0
+        told = OTHER + answer(client, OTHER, slot_id=0).token_ids
         expected = answer(client, told, cache=UNCACHED).token_ids
     with serving(tiny_model, *flags, "--shards", 2) as (_, client):
         again = answer(client, told)

@@ -31,6 +31,9 @@ class NoPages:
     def shape(self, tokens: int) -> ChunkShape:
         return ChunkShape(self._kv_type, self._layers, tokens * self._token_bytes, tokens)
 
+    def import_page(self, *_: object) -> None:
+        pass
+
     def borrow(self, *_: object) -> None:
         return None
 
@@ -103,10 +106,13 @@ class Saver:
 
 
 class Interrupted:
-    """A store where something happens before one of the uses of an operation."""
+    """A store where something happens before one of the uses of an operation, or before each."""
 
-    def __init__(self, store: Store, operation: str, number: int, happens: Callable[[], None]) -> None:
-        self._store, self._operation, self._left, self._happens = store, operation, number, happens
+    def __init__(
+        self, store: Store, operation: str, number: int = 0, happens: Callable[[], object] = lambda: None,
+        each: Callable[[], object] = lambda: None,
+    ) -> None:  # fmt: skip
+        self._store, self._operation, self._left, self._happens, self._each = store, operation, number, happens, each
 
     def __getattr__(self, name: str) -> object:
         found = getattr(self._store, name)
@@ -114,6 +120,7 @@ class Interrupted:
             return found
 
         def call(*arguments: object) -> object:
+            self._each()
             self._left -= 1
             if self._left == 0:
                 self._happens()

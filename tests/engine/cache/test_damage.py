@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from numoe.engine.errors import DataLossError
+from numoe.engine.cache import claims
+from numoe.engine.cache.claims import Claims
+from numoe.engine.cache.snapshots import Progress
+from numoe.engine.errors import DataLossError, NotFoundError
 from numoe.engine.store import Store, open_store
 from tests.engine.cache.conftest import Story
+from tests.engine.cache.support import Saver, Talk
 from tests.engine.worker.served import Served, served
 
 LIVE = [(11 * i + 1) % 250 for i in range(300)]
@@ -121,6 +125,47 @@ def test_a_save_writes_a_truncated_chunk_again(story: Story, there: Store) -> No
         server.engine.slots.load_file(story.files[1], slot=0)
         assert server.engine.slots.save("s", 0, "chat", None).moved_chunks == 1
     assert bytes(there.get(key)) == good
+
+
+def test_a_save_of_what_nobody_has_any_more_is_an_error(story: Story, tmp_path: Path) -> None:
+    store, talk = open_store(tmp_path / "store"), Talk.read(story.files[1])
+    conversation, objects = talk.salted(b"")
+    saver = Saver(store, talk.pages, talk.origin)
+    lost = conversation.all_keys[1]
+    saver.hold({key: data for key, data in objects.items() if key != lost})
+    with pytest.raises(DataLossError, match=lost.hex()):
+        saver.snapshots.save(conversation, "chat", Progress())
+    with pytest.raises(NotFoundError):
+        saver.snapshots.manifest("chat")
+    saver.hold(objects)
+    saver.snapshots.save(conversation, "chat", Progress())
+    assert saver.snapshots.manifest("chat").keys == conversation.all_keys
+    saver.close()
+
+
+def test_a_damaged_claim_claims_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose it was and what it named cannot be told: what it may have protected stays."""
+    store = open_store(tmp_path / "store")
+    mine, other, third = {b"1" * 32}, {b"2" * 32}, {b"3" * 32}
+    with Claims(store).needing(mine | other):
+        (claim,) = store.list(claims.NEEDS)
+        with Claims(store).removing(mine | third) as needed:
+            assert needed == mine
+        good = bytes(store.get(claim.key))
+        for bad in damaged(good, [0, 31, 32, len(good) - 1]):
+            if bad is None:
+                continue
+            replace(store, claim.key, bad)
+            with Claims(store).removing(third) as needed:
+                assert needed == third
+    monkeypatch.setattr(claims, "_WAITS_S", 0.0)
+    with Claims(store).removing(other):
+        (claim,) = store.list(claims.REMOVALS)
+        with Claims(store).needing(mine):
+            assert store.exists(claim.key), "somebody else's removal was waited for"
+        replace(store, claim.key, b"")
+        with Claims(store).needing(mine):
+            assert not store.exists(claim.key), "it is removed when it was waited for long enough"
 
 
 def test_one_damaged_conversation_does_not_keep_others_from_coming_back(

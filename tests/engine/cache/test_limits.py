@@ -14,10 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from numoe.engine.cache import RamTier, StoreTier
+from numoe.engine.cache import RamTier, StoreTier, store_tier
 from numoe.engine.cache.lineage import Lineage
+from numoe.engine.cache.manifests import Manifests
 from numoe.engine.cache.snapshots import Progress
-from numoe.engine.errors import NotFoundError, ResourceError
+from numoe.engine.errors import NotFoundError, ResourceError, UnavailableError
+from numoe.engine.scheduler.conversation import Parked
+from numoe.engine.scheduler.load import Load, Tail
 from numoe.engine.store import Store, open_store
 from numoe.engine.store.keys import chunk_path
 from tests.engine.cache.conftest import Story
@@ -116,6 +119,89 @@ def test_the_store_keeps_its_limit_and_what_snapshots_need(story: Story, open_ag
         saver.snapshots.remove("chat")
         saver.snapshots.save(conversation, "too-much", Progress())
         assert stored_bytes(open_again()) <= 4 * total
+
+
+@pytest.mark.parametrize("use", ["load", "load behind pages", "save"])
+def test_the_tail_of_what_was_used_makes_room_first(story: Story, tmp_path: Path, use: str) -> None:
+    talk, store = Talk.read(story.files[1]), open_store(tmp_path)
+    tail_tokens = talk.manifest.computed % 256
+    full = talk.pages.shape(256).object_bytes
+    with saver_of(talk, store, int(3.4 * full)) as saver:
+        conversation, objects = talk.salted(b"used")
+        keys = conversation.all_keys
+        if use == "save":
+            saver.hold(objects)
+            saver.snapshots.save(conversation, "chat", Progress())
+            saver.snapshots.remove("chat")
+        else:
+            for key, data in objects.items():
+                saver.tier.write(key, data)
+            saver.cache.find(keys[:2])
+            behind = int(use != "load")
+            tail = Tail(keys[2], tail_tokens, 1, None, 3)
+            load = Load(keys[:behind], keys[behind:2], (1, 2)[behind:], tail)
+            assert saver.cache.load(load) == (2 - behind, True)
+        saver.tier.write(b"x" * 32, bytes(full))  # needs the room of one
+        assert [store.exists(chunk_path(key)) for key in keys] == [True, True, False]
+
+
+@pytest.mark.parametrize("there", [0, 1, 2, 77, 349, 350])
+def test_the_store_is_asked_about_few_chunks_of_a_long_prompt(story: Story, tmp_path: Path, there: int) -> None:
+    keys = [number.to_bytes(32) for number in range(350)]
+    asked: list[int] = []
+    store = Interrupted(open_store(tmp_path), "head", each=lambda: asked.append(1))
+    with saver_of(Talk.read(story.files[0]), store) as saver:  # type: ignore[arg-type]
+        saver.tier.list_chunks()
+        for key in keys[:there]:  # by another server
+            open_store(tmp_path).put_new(chunk_path(key), b"1")
+        assert saver.cache.find(keys) == there
+        assert 1 <= len(asked) <= 12
+
+
+def test_what_was_only_listed_goes_end_first_too(story: Story, open_again: Callable[[], Store]) -> None:
+    """A restarted server has not used a chunk itself; what it finds was written beginning first."""
+    talk = Talk.read(story.files[1])
+    full = talk.pages.shape(256).object_bytes
+    conversation, objects = talk.salted(b"")
+    with saver_of(talk, open_again()) as before:
+        before.hold(objects)
+        for key, data in objects.items():
+            before.tier.write(key, data)
+        before.snapshots.park(Parked(conversation))
+    with saver_of(talk, open_again(), int(3.4 * full)) as saver:
+        saver.tier.write(b"x" * 32, bytes(full))
+    there = [open_again().exists(chunk_path(key)) for key in conversation.all_keys]
+    assert there == [True, True, False]
+
+
+def test_making_room_in_a_store_that_is_too_slow_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = StoreTier(open_store(tmp_path), 300)
+    for key in KEYS[:2]:
+        tier.write(key, bytes(120))
+    with monkeypatch.context() as patch:
+        patch.setattr(store_tier, "REMOVES_WITHIN_S", 0.0)
+        with pytest.raises(UnavailableError, match="no room is made"):
+            tier.write(KEYS[2], bytes(120))
+    assert tier.writing.seconds_to_wait > 0
+    tier.write(KEYS[2], bytes(120))
+
+
+def test_manifests_are_read_once(story: Story, open_again: Callable[[], Store]) -> None:
+    """Those of hundreds of snapshots could not be read again whenever room is made."""
+    talk, read = Talk.read(story.files[0]), list[int]()
+    store = Interrupted(open_again(), "get", each=lambda: read.append(1))
+    manifests = Manifests(store)  # type: ignore[arg-type]
+    with saver_of(talk, open_again()) as saver:
+        keys = set[bytes]()
+        for number in range(3):
+            conversation, objects = talk.salted(bytes([number % 2]))
+            saver.hold(objects)
+            saver.snapshots.save(conversation, f"chat-{number % 2}", Progress())
+            keys.update(conversation.all_keys)
+            assert {key for chain in manifests.chains("snapshots") for key in chain.keys} == keys
+            assert len(read) == number + 1
+        saver.snapshots.remove("chat-0")
+        assert {key for chain in manifests.chains("snapshots") for key in chain.keys} < keys
 
 
 def test_two_servers_keep_one_limit(story: Story, open_again: Callable[[], Store]) -> None:

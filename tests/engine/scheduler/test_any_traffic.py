@@ -199,11 +199,11 @@ class AnyTraffic(RuleBasedStateMachine):
         self.collect()
         for _ in range(min(parks, len(self.parked))):
             park = self.parked.pop(0)
-            held = [i for page in park.pages for i in self.cache.page(page).tolist()]
+            held = [i for page in park.pages.values() for i in self.cache.page(page).tolist()]
             if len(park.pages) == len(park.conversation.all_keys):  # nobody wrote there meanwhile
                 computed = park.conversation.computed
                 assert held[:computed] == park.conversation.tokens[:computed].tolist()
-            self.scheduler.ledger.end_read(park.pages)
+            self.scheduler.ledger.end_read(park.pages.values())
         for _ in range(min(lookups, len(self.lookups))):
             sequence, keys = self.lookups.pop(0)
             had = next((i for i, key in enumerate(keys) if key not in self.stored), len(keys))
@@ -274,8 +274,9 @@ class AnyTraffic(RuleBasedStateMachine):
             self.check_rows(batch)
             self.check_pages(batch)
             if not self.scheduler.config.caches:
-                oldest = next(e for e in live if e.started)
-                assert oldest.request.request_id in {part.sequence.request.request_id for part in batch.parts}
+                oldest = next(e for e in live if e.started).request.request_id
+                loading = {slot.request_id for slot in self.scheduler.status(0, {}).slots if slot.state == "loading"}
+                assert oldest in loading | {part.sequence.request.request_id for part in batch.parts}
         return batch
 
     def check_rows(self, batch: Batch) -> None:
@@ -380,3 +381,12 @@ class AnyTraffic(RuleBasedStateMachine):
 
 AnyTraffic.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 TestAnyTraffic = AnyTraffic.TestCase
+
+
+def test_nobody_joins_with_the_page_that_an_older_request_needs() -> None:
+    """He would have to give way before the page is his, and join again, forever."""
+    state = AnyTraffic()
+    state.start(slots=2, n_pages=3, chunk_tokens=40, caches=True)
+    for length, family in ((1, 1), (1, None), (506, None), (2, 1)):
+        state.submit(length, max_tokens=1000, stops=False, lifetime=None, family=family, common=1)
+    state.teardown()

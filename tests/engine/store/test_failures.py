@@ -25,7 +25,7 @@ from numoe.engine.errors import (
     UnsupportedError,
 )
 from numoe.engine.store import Store, open_store
-from numoe.engine.store.failures import store_error
+from numoe.engine.store.failures import MissingStoreError, store_error
 from tests.s3 import S3Server
 
 CAPTURED = {"capture_output": True, "text": True}
@@ -150,6 +150,15 @@ def test_a_folder_that_vanished_is_unavailable_until_it_is_back(tmp_path: Path) 
     assert store.get("a/b") == b"1"
 
 
+def test_a_bucket_that_is_not_there_is_no_missing_object(s3_server: S3Server) -> None:
+    store = open_store("s3://no-such-bucket/x", deadline=60.0, **s3_server.options)
+    for use in (store.list, lambda: store.get("a/b"), lambda: store.get_versioned("a/b")):
+        with pytest.raises(UnavailableError, match="make the bucket"):
+            use()
+    with pytest.raises(NotFoundError, match="NoSuchBucket"):
+        store.check()
+
+
 def test_a_folder_that_cannot_be_made_is_made_once_it_can(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     store = open_store(tmp_path / "file" / "s")
@@ -250,7 +259,7 @@ GENERIC = "Generic S3 error: Error performing PUT http://h/b in 1ms - Server ret
         (Exception(GENERIC + "507 Insufficient Storage: "), ResourceError),
         (Exception(GENERIC + "500 x: <Error><Code>XMinioStorageFull</Code><Message>full</Message>"), ResourceError),
         (Exception(GENERIC + "403 Forbidden: <Error><Code>InvalidAccessKeyId</Code>"), AccessError),
-        (Exception(GENERIC + "404 Not Found: <Error><Code>NoSuchBucket</Code>"), NotFoundError),
+        (Exception(GENERIC + "404 Not Found: <Error><Code>NoSuchBucket</Code>"), MissingStoreError),
         (Exception(GENERIC + "409 Conflict: <Error><Code>ConditionalRequestConflict</Code>"), PreconditionError),
         (Exception(GENERIC + "501 Not Implemented: "), UnsupportedError),
         (Exception(GENERIC + "503 Slow Down: "), UnavailableError),

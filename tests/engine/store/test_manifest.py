@@ -108,8 +108,8 @@ def test_a_manifest_that_contradicts_itself_is_damaged(change: dict, reason: str
 
 
 def test_a_newer_manifest_is_not_called_damage() -> None:
-    fields = msgspec.msgpack.decode(OBJECT[40:]) | {"version": 2, "surprise": 1}
-    with pytest.raises(UnsupportedError, match="version 2, where 1 is read"):
+    fields = msgspec.msgpack.decode(OBJECT[40:]) | {"version": 3, "surprise": 1}
+    with pytest.raises(UnsupportedError, match="version 3, where up to 2 is read"):
         decode_manifest(packed(msgspec.msgpack.encode(fields)), "main.1")
 
 

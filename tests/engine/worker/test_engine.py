@@ -297,6 +297,21 @@ def test_an_abort_during_a_step_frees_the_slot_and_is_the_last_event(loop):
     assert loop.out.ends()["a"] == "cancelled"
 
 
+def test_what_a_step_writes_is_nobody_elses_before_its_end(loop):
+    """Not even when its request has left: a restore, say, would have its pages written over."""
+    loop.hold()
+    loop.engine.submit(request("a"))
+    loop.wait_until_held()
+    loop.engine.abort("a")
+    ledger = loop.engine._scheduler.ledger
+    with pytest.raises(ResourceError, match="1 of 2 pages free and 2 are needed"):
+        ledger.spare_pages([b"1", b"2"])
+    loop.release()
+    loop.engine.stop()
+    spare = ledger.spare_pages([b"1", b"2"])
+    ledger.give_back([page for _, page, _ in spare])
+
+
 def test_an_abort_that_overtakes_its_request_wins(loop):
     loop.engine.abort("a")
     loop.engine.submit(request("a"))

@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from numoe.engine.errors import DataLossError, NotFoundError, PreconditionError, ResourceError
+from numoe.engine.errors import DataLossError, NotFoundError, PreconditionError, ResourceError, UnavailableError
 from numoe.engine.kv.pages import PAGE_TOKENS
-from numoe.engine.store import Store, open_store
+from numoe.engine.store import Entry, Store, open_store
+from numoe.engine.worker import caching
 from numoe.engine.worker.kv_pool import KvType
 from tests.engine.worker.served import Slow, served
 from tests.models import make_model
 
 PROMPT = [(7 * i + i // 11) % 250 for i in range(2 * PAGE_TOKENS + 60)]
 OTHER = [(5 * i + 3) % 250 for i in range(2 * PAGE_TOKENS + 10)]
+
+FULL_CHUNK = 262336
+"""Bytes of the object of a full chunk of this model."""
+
+
+class Late:
+    """A store that does not list conversations until `answers` is set, and then at first says that it is away."""
+
+    def __init__(self, store: Store) -> None:
+        self.answers, self._store, self._times = threading.Event(), store, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def list(self, folder: str) -> Sequence[Entry]:
+        if folder.startswith("resumable"):
+            assert self.answers.wait(30)
+            self._times += 1
+            if self._times == 1:
+                raise UnavailableError("away")
+        return self._store.list(folder)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +101,26 @@ def test_a_prefix_comes_from_memory_and_from_the_store(model: Path, store: Store
         assert server.ask(PROMPT, cache_salt=b"mine") == (0, answer)
 
 
+def test_host_memory_alone_finds_a_prefix_again(model: Path) -> None:
+    with served(model, None, ram=10 * FULL_CHUNK, n_pages=6, slots=1) as server:
+        assert server.engine._caching.pages.shape(PAGE_TOKENS).object_bytes == FULL_CHUNK
+        for start in range(2):  # fill host memory, and have to leave it again
+            server.ask([(start + i) % 250 for i in range(1300)], max_tokens=1)
+        answer = server.ask(PROMPT)[1]
+        server.ask([(2 + i) % 250 for i in range(1300)], max_tokens=1)  # needs all pages
+        assert server.ask(PROMPT) == (len(PROMPT) - 1, answer)
+        assert server.engine.status().cache.hits_ram == 3
+
+
+@pytest.mark.parametrize("ram", [0, FULL_CHUNK // 2])
+def test_what_host_memory_cannot_hold_is_stored_all_the_same(model: Path, store: Store, ram: int) -> None:
+    with served(model, store, ram=ram) as server:
+        server.ask(PROMPT)
+        server.settle()
+        assert len(store.list("chunks")) == 2
+        assert server.engine.status().cache.ram_bytes <= ram
+
+
 def test_equal_chunks_are_stored_once(model: Path, store: Store) -> None:
     for _ in range(2):
         with served(model, store) as server:
@@ -104,6 +149,67 @@ def test_what_was_idle_at_the_stop_is_offered_at_the_start(model: Path, store: S
         assert sorted(slot.tokens for slot in slots) == sorted([len(PROMPT) + 8, len(OTHER) + 8])
         text = [*PROMPT, *answer]
         assert server.ask([*text, 9])[0] == len(text) - 1
+
+
+def test_slots_keep_their_numbers_and_names(model: Path, store: Store) -> None:
+    with served(model, store, slots=4, save=True) as server:
+        server.ask(OTHER)
+        server.ask(PROMPT, slot=2)
+        server.engine.slots.save("s", 2, "chat", None)
+        server.engine.slots.fork("f", 2, 3, None)
+        held = [c and (c.tokens.tolist(), c.named, c.snapshot) for c in server.engine._scheduler.slots.conversations]
+    for slots in (4, 4, 3):
+        with served(model, store, slots=slots, resume=True, save=True) as server:
+            conversations = server.engine._scheduler.slots.conversations
+            found = [c and (c.tokens.tolist(), c.named, c.snapshot) for c in conversations]
+            # Where there are fewer slots now, what had none of these takes an empty one.
+            assert found == (held if slots == 4 else [held[0], held[3], held[2]])
+
+
+def test_a_store_that_answers_late_holds_up_no_start(
+    model: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has is offered when it does, but for what has gone on meanwhile."""
+    with served(model, store, slots=3, save=True) as server:
+        text = [*PROMPT, *server.ask(PROMPT, slot=1)[1]]
+        server.ask(OTHER, slot=2)
+    monkeypatch.setattr(caching, "RESUMES_WITHIN_S", 0.0)
+    late = Late(store)
+    with served(model, late, slots=3, resume=True, save=True) as server:  # type: ignore[arg-type]
+        told = [*text, 9, *server.ask([*text, 9])[1]]
+        assert [slot.tokens for slot in server.engine.status().slots] == [len(told), 0, 0]
+        late.answers.set()
+        until = time.monotonic() + 30
+        while not server.engine.status().slots[2].tokens:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        assert [slot.tokens for slot in server.engine.status().slots] == [len(told), 0, len(OTHER) + 8]
+        monkeypatch.undo()
+    with served(model, store, slots=3, resume=True) as server:
+        assert [slot.tokens for slot in server.engine.status().slots] == [len(told), 0, len(OTHER) + 8]
+
+
+def test_who_comes_back_is_parked_once(model: Path, store: Store) -> None:
+    """Not as it was before, too: that would be offered as well."""
+    with served(model, store, slots=1) as server:
+
+        def parked() -> list[int]:
+            """The lengths of the conversations that would come back after a restart."""
+            kept = server.engine._caching
+            assert kept._parking is not None
+            assert kept.snapshots is not None
+            kept._parking.flush(time.monotonic() + 30)
+            return sorted(len(one.conversation.tokens) for one in kept.snapshots.resumable())
+
+        text = [*PROMPT, *server.ask(PROMPT)[1]]
+        other = [*OTHER, *server.ask(OTHER)[1]]  # parks it
+        told = [*text, 9, *server.ask([*text, 9])[1]]
+        server.engine.slots.save("s", 0, "chat", None)
+        server.ask(OTHER)  # the same comes back, and parks what went on
+        assert parked() == [len(other), len(told)]
+        server.engine.slots.restore("r", 0, "chat", None)
+        server.engine.slots.erase("e", 0, None)
+        assert parked() == [len(other)]
 
 
 def test_a_failed_restore_leaves_the_slot_as_it_was(model: Path, store: Store) -> None:
@@ -211,6 +317,57 @@ def test_a_prompt_cache_in_a_file(model: Path, tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:-10])
         with pytest.raises(DataLossError, match="in the middle"):
             server.engine.slots.load_file(path)
+
+
+def test_a_prompt_cache_file_is_not_replaced_by_less(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with served(model, None, ram=0, n_pages=7) as server:
+        text = [*PROMPT, *server.ask(PROMPT, slot=0)[1]]
+        server.engine.slots.save_file(path, all_tokens=True)
+        whole = path.read_bytes()
+        server.ask([i % 250 for i in range(1300)], max_tokens=1, slot=1)  # only the beginning of it is there now
+        left = server.engine.status().slots[0].cached
+        assert left < len(text) - 1
+        server.engine.slots.save_file(path, all_tokens=True)
+        assert path.read_bytes() == whole
+        server.engine.slots.save_file(tmp_path / "other", all_tokens=True)
+        report = server.engine.slots.load_file(tmp_path / "other", slot=1)
+        assert report is not None
+        assert (report.tokens, report.computed) == (len(text), left)
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "other"]
+        server.ask([*text, 9], slot=0)  # goes on, and is there again
+        server.engine.slots.save_file(path, all_tokens=True)
+        report = server.engine.slots.load_file(path, slot=1)
+        assert report is not None
+        assert report.tokens > len(text)
+        server.ask(OTHER, slot=0)  # another conversation is not less of this one
+        server.engine.slots.save_file(path, all_tokens=True)
+        report = server.engine.slots.load_file(path, slot=1)
+        assert report is not None
+        assert report.tokens == len(OTHER) + 8
+
+
+class Stuck:
+    """A store that writes nothing until `goes_on` is set."""
+
+    def __init__(self, store: Store) -> None:
+        self.goes_on, self._store = threading.Event(), store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        assert self.goes_on.wait(30)
+        return self._store.put_new(key, data)
+
+
+def test_nobody_waits_for_the_store_where_host_memory_has_room(model: Path, store: Store) -> None:
+    stuck = Stuck(store)
+    with served(model, stuck, slots=1, n_pages=6) as server:  # type: ignore[arg-type]
+        text = [*PROMPT, *server.ask(PROMPT)[1]]
+        server.ask([i % 250 for i in range(1300)], max_tokens=1)  # takes the slot and all pages
+        assert server.ask([*text, 9])[0] == len(text) - 1
+        stuck.goes_on.set()
 
 
 @pytest.mark.parametrize("slots", [1, 2], ids=["slot lost", "slot kept"])
