@@ -511,10 +511,10 @@ def test_a_step_that_does_not_end_is_told(loop, monkeypatch):
 def test_a_step_that_is_tried_again_does_not_hang(loop, monkeypatch):
     now, told, run = [0.0], [], loop.forward.run
 
-    def slow(batch):
+    def slow(batch, meanwhile):
         now[0] += 50.0
         told.append(loop.engine.why_stuck())
-        return run(batch)
+        return run(batch, meanwhile)
 
     monkeypatch.setattr(pulse, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(loop.forward, "run", slow)
