@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import psutil
 import ray
+from ray._private import worker as ray_worker
 from ray.exceptions import ActorUnavailableError, RayError
 
 from numoe.actors.attention import AttentionActor
@@ -56,8 +57,16 @@ def start_ray() -> bool:
     """Join the running cluster, or start one on this host; whether it was started here."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    # What Ray has to say, as when a process has died, it prints to stdout, where numoe's commands print results.
+    ray_worker.print_to_stdstream = _print_to_stderr
     with uninterrupted():
         return _init_ray()
+
+
+def _print_to_stderr(data: dict[str, Any], **_: Any) -> None:
+    """Print lines that Ray has for the driver."""
+    for line in data["lines"]:
+        print(f"ray: {line}", file=sys.stderr, flush=True)
 
 
 def stop_ray() -> None:

@@ -30,7 +30,10 @@ def numoe(*args: object, stdin: str | None = None, timeout: float = 180) -> subp
 
 
 class ServeProcess:
-    """A `numoe serve` that is up, without a store unless `flags` name one; `address` is where."""
+    """A `numoe serve` that is up, without a store unless `flags` name one; `address` is where.
+
+    output: what it wrote to stdout afterwards, once it was stopped.
+    """
 
     def __init__(self, model: Path, *flags: object, listen: str = "127.0.0.1:0") -> None:
         store = [] if "--store" in flags else ["--store", "none"]
@@ -62,7 +65,7 @@ class ServeProcess:
         if not self.is_stopping:
             self.process.send_signal(number)
         try:
-            _, errors = self.process.communicate(timeout=timeout)
+            self.output, errors = self.process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise

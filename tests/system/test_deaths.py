@@ -41,6 +41,7 @@ def lasting(tiny_model: Path) -> Iterator[ServeProcess]:
     assert [told.error for told in streams.join()] == [None] * STREAMS, "they had the time that they were given"
     code, errors = server.stop()
     assert code == 0, errors
+    assert server.output == "", "what there is to say of deaths is said elsewhere"
     assert server.left_over() == []
 
 
