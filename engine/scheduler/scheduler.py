@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import time
 from collections import deque
 from collections.abc import Callable
@@ -78,7 +79,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self.config = config
         self._clock = clock
-        self._waiting: deque[Sequence] = deque()
+        self._waiting: deque[Sequence] = deque()  # the oldest first
         self.slots = Slots(config.slots)
         self.ledger = Ledger(config, self.slots)
         self._page_tables = np.zeros((config.slots, pages_for(config.context)), np.int32)
@@ -274,7 +275,8 @@ class Scheduler:
         for sequence in list(self._waiting):
             if not self.slots.n_free:
                 return
-            if not self._is_looked_up(sequence) or (slot := self.slots.choose(sequence)) is None:
+            wanted = {older.request.slot for older in self._waiting if older.number < sequence.number}
+            if not self._is_looked_up(sequence) or (slot := self.slots.choose(sequence, wanted)) is None:
                 continue
             if not self._first_page(sequence):
                 return
@@ -346,10 +348,10 @@ class Scheduler:
         return False
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take a sequence's pages; it waits first in line, and what is not cached any more is prefilled again then."""
+        """Take a sequence's pages; it waits before younger ones, and prefills again what is not cached any more."""
         self._vacate(sequence)
         sequence.computed = 0
-        self._waiting.appendleft(sequence)
+        bisect.insort(self._waiting, sequence, key=lambda waiting: waiting.number)
         self.ledger.look_up(sequence, self._clock())
 
     def _vacate(self, sequence: Sequence) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 from numoe.engine.errors import BusyError, NotFoundError
@@ -44,13 +45,13 @@ class Slots:
         """The sequences in slots, oldest first."""
         return sorted((s for s in self.sequences if s is not None), key=lambda s: s.number)
 
-    def choose(self, sequence: Sequence) -> int | None:
-        """The slot for a request, None if it has to wait.
+    def choose(self, sequence: Sequence, wanted: Collection[int | None] = ()) -> int | None:
+        """The slot for a request, None if it has to wait. wanted: those that older ones wait for.
 
         The one that it names; else the one whose conversation it goes on with; else an empty one; else the
         one that was used longest ago, among those that no request named as long as there are any.
         """
-        free = [slot for slot in range(len(self)) if self.is_free(slot)]
+        free = [slot for slot in range(len(self)) if self.is_free(slot) and slot not in wanted]
         if (named := sequence.request.slot) is not None:
             return named if named in free else None
         held = {slot: c for slot in free if (c := self.conversations[slot]) is not None}

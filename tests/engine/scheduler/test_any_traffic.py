@@ -383,6 +383,39 @@ AnyTraffic.TestCase.settings = settings(max_examples=200, stateful_step_count=40
 TestAnyTraffic = AnyTraffic.TestCase
 
 
+def test_nobody_waits_behind_younger_ones() -> None:
+    """Who gave way first is older than those who gave way after him, and is the first to join again."""
+    state = AnyTraffic()
+    state.start(slots=4, n_pages=3, chunk_tokens=1000, caches=True)
+    state.submit(250, max_tokens=1, stops=False, lifetime=None)
+    state.a_crowd_that_needs_more_pages_soon([252, 252, 252, 256])
+    state.a_step([0, 0, 0, 0], failures=0)
+    state.a_step_with_a_sampling_error([0, 0, 0, 0], broken=0)
+    state.submit(662, max_tokens=6, stops=False, lifetime=None)
+    state.a_crowd_that_needs_more_pages_soon([252, 252])
+    state.a_step_with_a_sampling_error([0, 0, 0, 0], broken=0)
+    state.teardown()
+
+
+def test_nobody_younger_takes_the_slot_that_somebody_gave_up_for_others_pages() -> None:
+    state = AnyTraffic()
+    state.start(slots=2, n_pages=3, chunk_tokens=1000, caches=True)
+    state.submit(1, max_tokens=1000, stops=False, lifetime=None)
+    state.a_step([0, 0, 0, 0], failures=0)
+    state.submit(1, max_tokens=1, stops=False, lifetime=None)
+    state.a_crowd_that_needs_more_pages_soon([252, 252])
+    for number in (2, 3, 0):
+        state.abort(number)
+    state.a_step([0, 0, 0, 0], failures=0)
+    state.a_crowd_that_needs_more_pages_soon([252, 252])
+    state.a_crowd_that_needs_more_pages_soon([252, 252, 252])
+    for number in (24, 58):
+        state.abort(number)
+    state.submit(253, max_tokens=1000, stops=False, lifetime=None, slot=1)
+    state.a_crowd_that_needs_more_pages_soon([252, 252])
+    state.teardown()
+
+
 def test_nobody_joins_with_the_page_that_an_older_request_needs() -> None:
     """He would have to give way before the page is his, and join again, forever."""
     state = AnyTraffic()
