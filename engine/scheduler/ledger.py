@@ -86,7 +86,10 @@ class Ledger:
         return wanted > self.allocator.available_beside(there)
 
     def _tail(self, sequence: Sequence, usable: int) -> Tail | None:
-        """The chunk that agrees longest with the tokens behind those of the pages, its page allocated and held."""
+        """The chunk that agrees longest with the tokens behind those of the pages, its page allocated and held.
+
+        None where no page is free for a copy of it: then at most a page's tokens are computed again.
+        """
         keys, number = sequence.keys, len(sequence.table.pages)
         if keys is None or number * PAGE_TOKENS >= usable or self.allocator.n_available == 0:
             return None
