@@ -60,7 +60,8 @@ def forecast(
 
     def page_bytes(kind: KvType) -> int:
         """Of each of the slots a page, and what one of them needs to be read as float16."""
-        return pool.nbytes(config, 1, kind) + (widened_bytes(config, kind, 1) // plan.slots if plan.gpu else 0)
+        widened = widened_bytes(config, kind, plan.max_rows, 1) if plan.gpu else 0
+        return pool.nbytes(config, 1, kind) + widened // plan.slots
 
     return Forecast(
         dense_bytes=dense,

@@ -110,8 +110,8 @@ class Plan:
 
     model: the file to open. files: all of its files. source: their fingerprint, which weights in shared memory have.
     cpus: processors that may be used. gpu: where attention runs, None for the CPUs. dense_bytes: of
-    the attention side's weights. kv_bytes: of its pages. work_bytes: of a GPU's buffers. gpu_layers: how many
-    layers' routed experts, the first ones, live on the GPU; gpu_expert_bytes: of them. The shards hold the others;
+    the attention side's weights. kv_bytes: of its pages, and of the float16 ones that a GPU makes of some.
+    work_bytes: of a GPU's buffers. gpu_layers: how many layers' routed experts, the first ones, live on the GPU; gpu_expert_bytes: of them. The shards hold the others;
     there are none if no layer is left to them.
     """
 
@@ -212,7 +212,7 @@ def make_plan(
     pages = slots * pages_for(context)
     placed_kv = (GpuKvPool if gpu else KvPool).nbytes(config, pages, options.kv_type)
     if gpu:
-        placed_kv += widened_bytes(config, options.kv_type, pages_for(context))
+        placed_kv += widened_bytes(config, options.kv_type, chunk + slots, pages_for(context))
     dense = dense_bytes(gguf, dense_tensor_names(gguf)) if gpu else packed_bytes(plan_dense(gguf))
     count = 0
     if config.moe is not None:

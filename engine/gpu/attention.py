@@ -17,7 +17,7 @@ from numoe.engine.gpu.compiler import module
 from numoe.engine.gpu.device import cupy
 from numoe.engine.gpu.kv_pool import KINDS, GpuKvPool
 from numoe.engine.gpu.launch import Kernel
-from numoe.engine.gpu.widened import WidenedPages
+from numoe.engine.gpu.widened import WidenedPages, widens
 from numoe.engine.kv.pages import PAGE_TOKENS
 from numoe.engine.models.config import ModelConfig
 from numoe.engine.models.rope import rope_frequencies
@@ -66,9 +66,11 @@ class GpuAttention:
         self._group = config.n_heads // config.n_kv_heads
         self._scale = np.float32(math.log2(math.e) / math.sqrt(config.head_dim))
         self._load_kernels()
-        self._widened = None if pool.kind == F16 else WidenedPages(config, pool, slots, max_pages)
+        self._widened = (
+            WidenedPages(config, pool, slots, max_pages) if widens(config, pool.kind, max_rows) else None
+        )
         self._prefill = self._load_prefill(pool.kind)
-        self._prefill_f16 = self._prefill if pool.kind == F16 else self._load_prefill(F16)
+        self._prefill_f16 = self._prefill if self._widened is None else self._load_prefill(F16)
         at_once = max(kernel.blocks * kernel.m for kernel in (self._prefill, self._prefill_f16))
         parts = max(DECODE_ROWS * config.n_heads * self._splits, 3 * at_once)
         self._parts = cupy().empty((parts, config.head_dim), np.float32)

@@ -130,14 +130,18 @@ class GpuForward:
         """As `Forward.run`."""
         if self._mailbox is not None:
             self._mailbox.await_replies(self.options.shard_bound_s)
-        start, rows = time.perf_counter(), len(batch.token_ids)
+        rows = len(batch.token_ids)
         if rows > GRAPH_ROWS and self.stream_from is None:
             self.stream_from = self._measure_threshold()
+        with self._stream:
+            graph = self._graph(rows) if rows <= GRAPH_ROWS else None
+        start = time.perf_counter()
         with self._stream, self._stepping():
             self._inputs.load(batch)
-            if rows <= GRAPH_ROWS:
-                self._graph(rows).launch(self._stream)
+            if graph is not None:
+                graph.launch(self._stream)
             else:
+                meanwhile()  # launching takes as long as the step, and waits for routing
                 decode_rows = _decode_rows(batch)
                 self._attention.plan(batch, decode_rows)
                 self._body(rows, decode_rows)
@@ -145,10 +149,14 @@ class GpuForward:
             if self._mailbox is not None:
                 self._mailbox.wake_shards()  # while the first layer's attention runs
             try:
-                meanwhile()
+                if graph is not None:
+                    meanwhile()
             finally:
-                self._await_end(rows, start)
+                took = self._await_end(rows, start)
         self._check_answered()
+        if graph is not None:
+            before = self._took.get(rows, 0.0)
+            self._took[rows] = min(took, 1.1 * before) if before else took
         if rows <= GRAPH_ROWS:
             logits: StepLogits = self._logits.of_rows(batch.logit_rows)
         else:
@@ -156,18 +164,17 @@ class GpuForward:
         self._step_ms = 1e3 * (time.perf_counter() - start)
         return logits
 
-    def _await_end(self, rows: int, start: float) -> None:
+    def _await_end(self, rows: int, start: float) -> float:
         """Wait for the step's kernels: asleep for most of the time that it took before, spinning for the rest.
+
+        Returns how many seconds it has taken.
 
         A thread that spins takes a processor from the shards and the gateway, one that is woken comes late.
         """
-        before = self._took.get(rows, 0.0)
-        if (left := _ASLEEP * before - (time.perf_counter() - start)) > 0:
+        if (left := _ASLEEP * self._took.get(rows, 0.0) - (time.perf_counter() - start)) > 0:
             time.sleep(left)
         self._stream.synchronize()
-        took = time.perf_counter() - start
-        if rows <= GRAPH_ROWS:
-            self._took[rows] = min(took, 1.1 * before) if before else took
+        return time.perf_counter() - start
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:

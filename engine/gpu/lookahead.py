@@ -20,7 +20,7 @@ from numoe.engine.gpu.matrices import GpuMatrix
 if TYPE_CHECKING:
     from numoe.engine.gpu.step import StepInputs
 
-_THREADS, _MOST_RANGES = 256, 8
+_THREADS, _MOST_RANGES, _PIECE = 256, 8, 4096
 _SHARE = 0.8
 """Of the cache, for what is fetched ahead."""
 
@@ -33,7 +33,7 @@ class Lookahead:
 
     def __init__(self, pool: GpuKvPool, kv_heads: int) -> None:
         self._pool, self._kv_heads, self._blocks = pool, kv_heads, current().sms
-        self._budget = int(_SHARE * cupy().cuda.Device().attributes["L2CacheSize"])
+        self._budget = int(_SHARE * cupy().cuda.Device().attributes["L2CacheSize"]) // _PIECE * _PIECE
         self._kernel = module("lookahead").get_function("look_ahead")
         self._parts = np.zeros((), _PARTS)
         parts = pool.token_parts()

@@ -84,6 +84,11 @@ class WidenedPages:
         return self._pool.place(0, self._tables)
 
 
-def widened_bytes(config: ModelConfig, kind: KvType, max_pages: int) -> int:
-    """Bytes of VRAM that the float16 pages take, none where the cache is float16 itself."""
-    return 0 if kind == F16 else GpuKvPool.nbytes(replace(config, n_layers=1), max_pages, F16)
+def widens(config: ModelConfig, kind: KvType, max_rows: int) -> bool:
+    """Whether steps of up to so many rows ever read pages made float16."""
+    return kind != F16 and max_rows * (config.n_heads // config.n_kv_heads) >= WIDEN_ROWS
+
+
+def widened_bytes(config: ModelConfig, kind: KvType, max_rows: int, max_pages: int) -> int:
+    """Bytes of VRAM that the float16 pages take."""
+    return GpuKvPool.nbytes(replace(config, n_layers=1), max_pages, F16) if widens(config, kind, max_rows) else 0

@@ -93,6 +93,7 @@ class Engine:
         with self._changed:
             self._scheduler.fail_all("", "cancelled")
             self._scheduler.drain_events()
+            self._unsent = []
             self._changed.notify_all()
 
     def status(self) -> WorkerStatus:
@@ -165,9 +166,8 @@ class Engine:
 
     def _send(self) -> None:
         """Emit what has happened since the last time; the steps' thread alone does that."""
-        events, self._unsent = self._unsent, []
         with self._changed:
-            events += self._scheduler.drain_events()
+            events, self._unsent = [*self._unsent, *self._scheduler.drain_events()], []
         if events:
             self._emit(events)
 

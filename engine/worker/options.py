@@ -70,8 +70,8 @@ class Forward(Protocol):
     def run(self, batch: Batch, meanwhile: Callable[[], None] = nothing) -> StepLogits:
         """The logits [len(batch.logit_rows), vocab] of a batch; its rows go to the KV pool.
 
-        They are good until the next call. meanwhile: called once, while the step is under way if a device
-        computes it, else before. LateShardError names a shard that did not answer; the batch may then be run again.
+        They are good until the next call. meanwhile: called once the step of a device is under way, or before
+        one that keeps the host busy. LateShardError names a shard that did not answer; the batch may then be run again.
         """
 
     def attach_experts(self, folder: Path) -> None:

@@ -44,8 +44,10 @@ survey(const float* logits, int cols, Likeliest* likeliest, float* highs) {
     Slice slice(cols);
     float value = -INFINITY;
     int id = 0x7fffffff, bad = 0;
+    // Of a short row every warp shall have some: neighbouring columns go to different warps.
+    int start = cols < SLICES * THREADS ? lane_id() * WARP + warp_id() : threadIdx.x;
 #pragma unroll 4
-    for (int i = slice.first + threadIdx.x; i < slice.last; i += THREADS) {
+    for (int i = slice.first + start; i < slice.last; i += THREADS) {
         float x = row[i];
         bad |= x != x;
         if (before(x, i, value, id)) value = x, id = i;

@@ -22,8 +22,9 @@ inline int lane_id() { return threadIdx.x % WARP; }
 inline int warp_id() { return threadIdx.x / WARP; }
 
 // Returns when all kernels before this one are done; then what they wrote is there. The kernels of a step overlap
-// where the GPU can do that (engine/gpu/launch.py), so every kernel calls this before it writes anything, and before
-// it reads anything but weights and the step's inputs, which no kernel writes. The next kernel may begin now.
+// where the GPU can do that (engine/gpu/launch.py), so every kernel calls this, all of them waiting for the one before,
+// and most before they touch anything but weights and the step's inputs, which no kernel writes: what else may be read
+// or written earlier is told where it is. The next kernel may begin now.
 #if __CUDA_ARCH__ >= 900
 #define OVERLAPS 1
 #else

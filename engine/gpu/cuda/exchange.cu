@@ -98,14 +98,15 @@ extern "C" __global__ void __launch_bounds__(SEND_THREADS)
 send(const float *x, int hidden, const float *logits, int experts, int top_k, int normalize, float scale,
      Mailbox box, Words *words, unsigned layer) {
     extern __shared__ __align__(16) unsigned char shared[];
-    unsigned sequence = words->sequence;
-    bool failed = words->failed;
+    // None of this may come from the first-level cache, which this kernel may have found as older ones left it.
+    unsigned sequence = *(volatile unsigned *)&words->sequence;
+    bool failed = *(volatile unsigned *)&words->failed;
     long long row = blockIdx.x;
     if (!failed) {
         const float *source = x + row * hidden;
         for (int i = threadIdx.x; i < hidden / 2; i += SEND_THREADS) {
             int block = i / 16, first = 32 * block + i % 16;
-            quantize_block(source[first], source[first + 16], (signed char *)shared + 32 * block,
+            quantize_block(__ldcg(source + first), __ldcg(source + first + 16), (signed char *)shared + 32 * block,
                            (float *)(shared + hidden + 16 * block));
         }
         __syncthreads();
@@ -113,7 +114,7 @@ send(const float *x, int hidden, const float *logits, int experts, int top_k, in
         for (int i = threadIdx.x; i < hidden / 32 * 3; i += SEND_THREADS) out[i] = ((uint4 *)shared)[i];
         if (box.f32_rows) {
             float4 *wide = (float4 *)((unsigned char *)box.f32_rows + row * box.f32_stride);
-            for (int i = threadIdx.x; i < hidden / 4; i += SEND_THREADS) wide[i] = ((const float4 *)source)[i];
+            for (int i = threadIdx.x; i < hidden / 4; i += SEND_THREADS) wide[i] = __ldcg((const float4 *)source + i);
         }
         if (row == 0 && threadIdx.x == 0) {
             store_long(box.request + 128, layer);

@@ -1,5 +1,6 @@
 // Brings what the next layer reads to the second-level cache. It begins at once, whatever kernels are before it: it
 // touches only what none of them writes, but for tokens of this step, and those may come to the cache as they like.
+// That it is done means, as of any kernel, that those before it are: so it waits for them in the end.
 #include "kv.cuh"
 
 constexpr int THREADS = 256, PIECE = 4096, MOST_RANGES = 8;
@@ -26,8 +27,35 @@ inline void prefetch(const char* p, int bytes) {
 #endif
 }
 
-// What of `budget` bytes weights leave is for keys and values of the rows' sequences: of every page the same number
-// of tokens, so that all blocks of attention find as much of their share in the cache.
+// Of every page of the rows' sequences the same number of tokens, as `budget` bytes allow, so that all blocks of attention
+// find as much of their share in the cache.
+inline void fetch_tokens(const Parts& parts, int64 budget, int kv_heads, int rows, const int* positions, const int* slots,
+                         char* layer, int64 page_bytes, int head_bytes, const int* page_tables, int max_pages) {
+    constexpr int TILES = PAGE_TOKENS / TILE;
+    int64 thread = int64(blockIdx.x) * THREADS + threadIdx.x, threads = int64(gridDim.x) * THREADS;
+    // A sequence's rows lie together, and the last of them sees the most.
+    auto is_last = [&](int row) { return row + 1 == rows || slots[row + 1] != slots[row]; };
+    int64 pages = 0;
+    for (int row = 0; row < rows; row++) {
+        if (is_last(row)) pages += divide_up(positions[row] + 1, PAGE_TOKENS);
+    }
+    int tiles = int(min(int64(TILES), budget * TILES / (pages * kv_heads * head_bytes)));
+    if (tiles == 0) return;
+    for (int row = 0; row < rows; row++) {
+        if (!is_last(row)) continue;
+        const int* table = page_tables + int64(slots[row]) * max_pages;
+        int64 pieces = int64(divide_up(positions[row] + 1, PAGE_TOKENS)) * kv_heads * parts.count * tiles;
+        for (int64 i = thread; i < pieces; i += threads) {
+            int tile = int(i % tiles), part = int(i / tiles % parts.count);
+            int64 head = i / tiles / parts.count;
+            const char* place = find_keys(layer, page_bytes, head_bytes, table, int(head / kv_heads), int(head % kv_heads));
+            int bytes = TILE * parts.token_bytes[part];
+            prefetch(place + parts.offset[part] + tile * bytes, bytes);
+        }
+    }
+}
+
+// First the weights, then keys and values with what they leave of `budget` bytes, a multiple of PIECE.
 extern "C" __global__ void __launch_bounds__(THREADS)
 look_ahead(const __grid_constant__ Ranges ranges, const __grid_constant__ Parts parts, int64 budget, int kv_heads,
            int rows, const int* positions, const int* slots, KV_PARAMETERS) {
@@ -40,21 +68,6 @@ look_ahead(const __grid_constant__ Ranges ranges, const __grid_constant__ Parts 
         for (int64 at = thread * PIECE; at < bytes; at += threads * PIECE)
             prefetch(ranges.start[i] + at, int(min(int64(PIECE), bytes - at)));
     }
-    if (kv_heads == 0) return;
-    int64 pages = 0;
-    for (int row = 0; row < rows; row++) pages += divide_up(positions[row] + 1, PAGE_TOKENS);
-    constexpr int TILES = PAGE_TOKENS / TILE;
-    int tiles = int(min(int64(TILES), budget * TILES / (pages * kv_heads * head_bytes)));
-    if (tiles == 0) return;
-    for (int row = 0; row < rows; row++) {
-        const int* table = page_tables + int64(slots[row]) * max_pages;
-        int64 pieces = int64(divide_up(positions[row] + 1, PAGE_TOKENS)) * kv_heads * parts.count * tiles;
-        for (int64 i = thread; i < pieces; i += threads) {
-            int tile = int(i % tiles), part = int(i / tiles % parts.count);
-            int64 head = i / tiles / parts.count;
-            const char* place = find_keys(layer, page_bytes, head_bytes, table, int(head / kv_heads), int(head % kv_heads));
-            int bytes = TILE * parts.token_bytes[part];
-            prefetch(place + parts.offset[part] + tile * bytes, bytes);
-        }
-    }
+    if (kv_heads > 0) fetch_tokens(parts, budget, kv_heads, rows, positions, slots, layer, page_bytes, head_bytes, page_tables, max_pages);
+    await_previous();
 }
