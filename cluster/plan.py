@@ -111,8 +111,8 @@ class Plan:
     model: the file to open. files: all of its files. source: their fingerprint, which weights in shared memory have.
     cpus: processors that may be used. gpu: where attention runs, None for the CPUs. dense_bytes: of
     the attention side's weights. kv_bytes: of its pages, and of the float16 ones that a GPU makes of some.
-    work_bytes: of a GPU's buffers. gpu_layers: how many layers' routed experts, the first ones, live on the GPU; gpu_expert_bytes: of them. The shards hold the others;
-    there are none if no layer is left to them.
+    work_bytes: of a GPU's buffers. gpu_layers: how many layers' routed experts, the first ones, live on the
+    GPU; gpu_expert_bytes: of them. The shards hold the others; there are none if no layer is left to them.
     """
 
     model: str
