@@ -28,14 +28,14 @@ def lasting(tiny_model: Path) -> Iterator[ServeProcess]:
     """A server that sees many deaths; at last its supervisor's, twice while it is stopped: it ends all the same."""
     server = ServeProcess(tiny_model, *FLAGS)
     yield server
-    streams = Streams(server.address, [varied(number) for number in range(STREAMS)])
+    streams = Streams(server.address, [varied(number, 900) for number in range(STREAMS)])
     streams.started(STREAMS)
     strike(server, "supervisor", KILL)
     with ThreadPoolExecutor() as pool:
         stopping = pool.submit(numoe, "stop", "--address", server.address)
-        while actors(server, "supervisor")[0]["state"] != "draining":
-            assert not stopping.done()
-        strike(server, "supervisor", KILL)
+        while (supervisor := actors(server, "supervisor")[0])["state"] != "draining":
+            assert not stopping.done(), "answers were too short"
+        os.kill(supervisor["pid"], KILL)
         result = stopping.result()
     assert result.returncode == 0, result.stderr
     assert [told.error for told in streams.join()] == [None] * STREAMS, "they had the time that they were given"
