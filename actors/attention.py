@@ -55,13 +55,11 @@ class AttentionActor:
         """Load everything but the experts and build the forward pass."""
         from numoe.engine.gguf import GgufFile
         from numoe.engine.models.config import ModelConfig
-        from numoe.engine.scheduler import Scheduler, SchedulerConfig
-        from numoe.engine.store.portable import kv_type_name
         from numoe.engine.weights import CachedPages
-        from numoe.engine.worker.engine import Engine
         from numoe.engine.worker.options import ForwardOptions, SharedWeights
 
-        plan, folder, gguf = self._plan, self._folder, GgufFile.open(self._plan.model)
+        plan, folder = self._plan, self._folder
+        self._gguf = GgufFile.open(plan.model)
         options = ForwardOptions(
             max_rows=plan.max_rows,
             slots=plan.slots,
@@ -76,8 +74,21 @@ class AttentionActor:
             **({"shard_bound_s": _GPU_SHARD_BOUND_S} if plan.gpu else {}),
         )
         self._progress = Progress(plan.dense_bytes + plan.gpu_expert_bytes)
-        self._forward = _forward_of(plan)(ModelConfig.from_gguf(gguf), gguf, self._mailbox, options, self._progress)
-        tiers = _tiers(plan, gguf)
+        config = ModelConfig.from_gguf(self._gguf)
+        self._forward = _forward_of(plan)(config, self._gguf, self._mailbox, options, self._progress)
+        weights = self._forward.slice
+        self._reporter = reporter_of(weights, plan.attention) if weights else None
+
+    def attach_experts(self) -> None:
+        """The shards have loaded: what needs their weights, or what they read of the model, may look at them."""
+        from numoe.engine.scheduler import Scheduler, SchedulerConfig
+        from numoe.engine.store.portable import kv_type_name
+        from numoe.engine.worker.engine import Engine
+
+        plan = self._plan
+        self._forward.attach_experts(self._folder)
+        tiers = _tiers(plan, self._gguf, self._folder)
+        self._gguf.close()
         scheduler = Scheduler(
             SchedulerConfig(
                 slots=plan.slots,
@@ -91,11 +102,8 @@ class AttentionActor:
                 keep=plan.cache.keep,
             )
         )
-        weights = self._forward.slice
-        self._reporter = reporter_of(weights, plan.attention) if weights else None
         self._engine = Engine(scheduler, self._forward, self._push, **tiers)
         self._resume()
-        gguf.close()
 
     def _resume(self) -> None:
         """Offer what an earlier server kept."""
@@ -104,10 +112,6 @@ class AttentionActor:
             self._engine.slots.load_file(Path(cache.prompt_cache_file))
         if cache.resume:
             self._engine.resume()
-
-    def attach_experts(self) -> None:
-        """The shards have loaded: what needs their weights may look at them."""
-        self._forward.attach_experts(self._folder)
 
     def progress(self) -> dict[str, Any]:
         """How far loading has come: see `Progress.report`; zeros before `initialize`."""
@@ -222,7 +226,7 @@ class AttentionActor:
             self._mailbox.stop_shards()
 
 
-def _tiers(plan: Plan, gguf: GgufFile) -> dict[str, Any]:
+def _tiers(plan: Plan, gguf: GgufFile, folder: Path) -> dict[str, Any]:
     """What `Engine` needs of the prompt cache beyond the pages; nothing where there is none."""
     cache = plan.cache
     if not (cache.store_url or cache.cache_ram_bytes or cache.prompt_cache_file):
@@ -232,8 +236,10 @@ def _tiers(plan: Plan, gguf: GgufFile) -> dict[str, Any]:
     from numoe.engine.store.fingerprint import ModelFingerprint
     from numoe.engine.store.manifest import Origin
     from numoe.engine.store.portable import kv_type_name
+    from numoe.engine.weights import linked_contents
 
-    fingerprint = ModelFingerprint.from_gguf(gguf, threads=plan.attention_threads)
+    read = linked_contents(folder, gguf.tensors)
+    fingerprint = ModelFingerprint.from_gguf(gguf, read=read, threads=plan.attention_threads)
     tiers: dict[str, Any] = {"origin": Origin.of(fingerprint, kv_type_name(plan.kv_type))}
     if cache.cache_ram_bytes:
         tiers["ram"] = RamTier(cache.cache_ram_bytes)

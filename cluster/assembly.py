@@ -66,15 +66,14 @@ class Assembly:
             self._identify(member)
         worker = self.of("attention")[0]
         get(worker.handle.open_mailbox.remote(create=True))
-        self._load()
-        get(worker.handle.attach_experts.remote())
+        self._load(worker)
         for member in reversed(self.members):
             self._serve(member)
         if self.phase == "launching":  # and not told to stop already
             self.phase = "running"
         self.save()
 
-    def _load(self) -> None:
+    def _load(self, worker: Member) -> None:
         """Have the weights loaded or attached to, and leave the page cache as it was found."""
         sweep_incomplete()
         pages = None
@@ -82,7 +81,8 @@ class Assembly:
             pages = CachedPages.look(self._plan.files)
             pages.save(self._folder)
         loading = [member.handle.initialize.remote(member.index) for member in self.of("expert")]
-        get([*(member.handle.initialize.remote() for member in self.of("attention")), *loading])
+        get([worker.handle.initialize.remote(), *loading])
+        get(worker.handle.attach_experts.remote())
         if pages is not None:
             pages.drop_all()
         self.hold_weights()

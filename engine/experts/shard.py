@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,11 @@ class ShardSlice:
         """The range of 32-column blocks, as equal as they divide."""
         total = intermediate // BLOCK_COLS
         return total * self.index // self.count, total * (self.index + 1) // self.count
+
+    def readers(self, intermediate: int) -> list[int]:
+        """The shards that read the same rows for their ranges, this one among them even if its range is empty."""
+        cuts = [(index, *replace(self, index=index).blocks(intermediate)) for index in range(self.count)]
+        return [index for index, first, last in cuts if first < last or index == self.index]
 
     @property
     def name(self) -> str:
@@ -148,12 +153,14 @@ class ExpertShard:
             info, is_down = self._gguf.tensors[matrices.tensor], matrices.part == "down"
             _, rows, cols = info.shape
             first, last = self._cut.blocks(cols if is_down else rows)
+            readers = self._cut.readers(cols) if is_down else [self._cut.index]
             found.append(
                 PackedTensor(
                     info, matrices.shape, matrices.offset, matrices.experts,
                     rows=(0, rows) if is_down else (BLOCK_COLS * first, BLOCK_COLS * last),
                     blocks=(first, last) if is_down else None,
-                    shared=is_down and self._cut.count > 1,
+                    readers=len(readers),
+                    reader=readers.index(self._cut.index),
                 )
             )  # fmt: skip
         return found

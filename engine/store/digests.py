@@ -17,6 +17,7 @@ from numoe.engine.cpu.isa import cache_root
 
 logger = logging.getLogger(__name__)
 
+_FORMAT: Final = "sums of units"  # see engine/weights/contents.py: what is remembered of another kind is not found
 _SETTLED_SECONDS: Final = 2.0
 """A file that was written less long ago may change again without its time changing."""
 
@@ -63,4 +64,4 @@ class DigestCache:
 
 
 def _identity(status: os.stat_result) -> str:
-    return f"{status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
+    return f"{_FORMAT} {status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns}"

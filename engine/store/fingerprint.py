@@ -19,6 +19,7 @@ from blake3 import blake3
 from numoe.engine.gguf import GgufFile, TensorInfo
 from numoe.engine.models.config import ModelConfig
 from numoe.engine.store.digests import DigestCache
+from numoe.engine.weights import ContentSum
 
 _LONG: Final = 200
 """Characters of a value that a part repeats; of longer ones it holds the hash."""
@@ -37,15 +38,18 @@ class ModelFingerprint:
     parts: Mapping[str, str]
 
     @classmethod
-    def from_gguf(cls, gguf: GgufFile, *, threads: int | None = None, cache: Path | None = None) -> Self:
+    def from_gguf(
+        cls, gguf: GgufFile, *, read: Mapping[str, ContentSum] = MappingProxyType({}), threads: int | None = None,
+        cache: Path | None = None,
+    ) -> Self:  # fmt: skip
         """The fingerprint of an open model.
 
-        Reads every tensor once, several GB/s, with as many threads as there are processors unless
-        told otherwise, and remembers the digests in the folder `cache` (by default in the user's
-        cache folder) for as long as the files keep their device, inode, size and time.
-        Raises as `ModelConfig.from_gguf`.
+        read: what is known of tensors by name, as they were read for something else; the others are read, several
+        GB/s, with as many threads as there are processors unless told otherwise. The digests are remembered in the
+        folder `cache` (by default in the user's cache folder) for as long as the files keep their device, inode,
+        size and time. Raises as `ModelConfig.from_gguf`.
         """
-        digests = _digests(gguf, threads or len(os.sched_getaffinity(0)), DigestCache(cache))
+        digests = _digests(gguf, read, threads or len(os.sched_getaffinity(0)), DigestCache(cache))
         return cls(MappingProxyType(dict(_parts(gguf, digests))))
 
     @cached_property
@@ -87,21 +91,34 @@ def _hash(lines: Any) -> str:
     return blake3("\n".join(lines).encode()).hexdigest()
 
 
-def _digests(gguf: GgufFile, threads: int, cache: DigestCache) -> dict[str, bytes]:
-    """The blake3 digest of every tensor's bytes, by name."""
+def _digests(
+    gguf: GgufFile, read: Mapping[str, ContentSum], threads: int, cache: DigestCache
+) -> dict[str, bytes]:
+    """The digest of every tensor's bytes, by name."""
     digests: dict[str, bytes] = {}
     for path in gguf.paths:
         names = {name for name, tensor in gguf.tensors.items() if tensor.path == path}
         before = path.stat()
         known = cache.load(before)
         if known is None or known.keys() != names:
-            known = _hash_tensors(gguf, sorted(names, key=lambda name: gguf.tensors[name].offset), threads)
+            known = _content_digests([gguf.tensors[name] for name in names], read)
+            unread = sorted(names - known.keys(), key=lambda name: gguf.tensors[name].offset)
+            known |= _content_digests([gguf.tensors[name] for name in unread], _read(gguf, unread, threads))
             cache.save(before, path.stat(), known)
         digests |= known
     return digests
 
 
-def _hash_tensors(gguf: GgufFile, names: list[str], threads: int) -> dict[str, bytes]:
+def _content_digests(tensors: list[TensorInfo], read: Mapping[str, ContentSum]) -> dict[str, bytes]:
+    """The digests of those tensors that were read as a whole."""
+    found = [(tensor.name, read.get(tensor.name, ContentSum()).digest(tensor)) for tensor in tensors]
+    return {name: digest for name, digest in found if digest is not None}
+
+
+def _read(gguf: GgufFile, names: list[str], threads: int) -> dict[str, ContentSum]:
+    def read(name: str) -> ContentSum:
+        tensor = gguf.tensors[name]
+        return ContentSum.of(tensor, 0, gguf.read(name).reshape(tensor.rows, tensor.row_bytes))
+
     with ThreadPoolExecutor(threads) as pool:
-        hashed = pool.map(lambda name: blake3(gguf.read(name).data.cast("B")).digest(), names)
-        return dict(zip(names, hashed, strict=True))
+        return dict(zip(names, pool.map(read, names), strict=True))

@@ -1,5 +1,6 @@
 """Packed weights in named shared memory: they outlive the process that loaded them."""
 
+from numoe.engine.weights.contents import ContentSum
 from numoe.engine.weights.inventory import (
     StoredSlice,
     free_weights,
@@ -7,6 +8,7 @@ from numoe.engine.weights.inventory import (
     is_loaded,
     link_slice,
     linked,
+    linked_contents,
     stored_slices,
     sweep_incomplete,
     verify_slice,
@@ -20,6 +22,7 @@ from numoe.engine.weights.source import source_fingerprint
 
 __all__ = [
     "CachedPages",
+    "ContentSum",
     "HugePools",
     "PackedTensor",
     "SharedReads",
@@ -33,6 +36,7 @@ __all__ = [
     "is_loaded",
     "link_slice",
     "linked",
+    "linked_contents",
     "load_tensors",
     "open_tensors",
     "remove_slice",

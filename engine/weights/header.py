@@ -7,7 +7,7 @@
     48    the body, a `SliceHeader` in MessagePack
 
 Then come the packed weights, then the table of pieces: for each its first byte and its bytes (uint64),
-and the blake3 of its packed weights.
+and the blake3 of its packed weights; then the table of contents (`contents.py`), of what was read for them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
+from numoe.engine.weights.contents import CONTENT
+
 HEADER_BYTES: Final = 4096
 PIECE = np.dtype([("offset", "<u8"), ("nbytes", "<u8"), ("digest", "u1", 32)])
 """A row of the table of pieces."""
@@ -30,7 +32,7 @@ _COMPLETE_AT: Final = 8
 
 
 class SliceHeader(msgspec.Struct, frozen=True, kw_only=True):
-    """What a slice is: which part of which source, how it is laid out, and the checksum of the table of pieces.
+    """What a slice is: which part of which source, how it is laid out, and the checksum of the tables.
 
     source: its fingerprint. cut: the part. layout: the identity of the packed layout. nodes: see
     `SliceKey`. medium: the kind of memory. read_bytes: of the source's files, in `seconds`.
@@ -42,6 +44,7 @@ class SliceHeader(msgspec.Struct, frozen=True, kw_only=True):
     layout: str
     nbytes: int
     pieces: int
+    tensors: int
     checksum: bytes
     nodes: tuple[int, ...]
     medium: str
@@ -52,12 +55,12 @@ class SliceHeader(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def file_bytes(self) -> int:
         """Bytes of the whole file, before it is filled up to a page."""
-        return file_bytes(self.nbytes, self.pieces)
+        return file_bytes(self.nbytes, self.pieces, self.tensors)
 
 
-def file_bytes(nbytes: int, pieces: int) -> int:
-    """Bytes of a file with so many bytes of weights in so many pieces."""
-    return HEADER_BYTES + nbytes + pieces * PIECE.itemsize
+def file_bytes(nbytes: int, pieces: int, tensors: int) -> int:
+    """Bytes of a file with so many bytes of weights in so many pieces of so many tensors."""
+    return HEADER_BYTES + nbytes + pieces * PIECE.itemsize + tensors * CONTENT.itemsize
 
 
 def write_header(area: npt.NDArray[np.uint8], header: SliceHeader) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from numoe.engine.weights.contents import ContentSum, name_digest
 from numoe.engine.weights.header import SliceHeader
 from numoe.engine.weights.loading import verify_pieces
 from numoe.engine.weights.media import weights_root
@@ -118,6 +119,21 @@ def linked_slices(folder: Path) -> list[Path]:
 def hold_weights(folder: Path) -> list[WeightSlice]:
     """Use the slices of a server, beside the actors that do: so they stay while an actor is replaced."""
     return [WeightSlice.open(link) for link in linked_slices(folder)]
+
+
+def linked_contents(folder: Path, tensors: Iterable[str]) -> dict[str, ContentSum]:
+    """What the slices of a server know of what is in tensors, by name; units that none of them read are missing."""
+    names = {name_digest(name): name for name in tensors}
+    sums: dict[str, ContentSum] = {}
+    for found in hold_weights(folder):
+        try:
+            for row in found.contents():
+                if (name := names.get(row["tensor"].tobytes())) is not None:
+                    content = ContentSum(int(row["units"]), row["lanes"].copy())
+                    sums[name] = sums.get(name, ContentSum()) + content
+        finally:
+            found.close()
+    return sums
 
 
 def free_weights(folder: Path) -> None:

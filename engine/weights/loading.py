@@ -1,4 +1,4 @@
-"""Loading a slice: every byte is read once, in parallel, packed where it will stay, and checked."""
+"""Loading a slice: every byte is read once, in parallel, summed up, packed where it will stay, and checked."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from numoe.engine.errors import DataLossError, ModelFileError
 from numoe.engine.formats import GROUP_ROWS, Shape
 from numoe.engine.gguf import GgufFile, TensorInfo, dequantize_rows
 from numoe.engine.progress import Progress
+from numoe.engine.weights.contents import UNIT_ROWS, ContentSum, content_table
 from numoe.engine.weights.header import SliceHeader
 from numoe.engine.weights.pages import CachedPages, SharedReads
 from numoe.engine.weights.slices import SliceKey, WeightSlice, open_slice, piece_table, remove_slice
@@ -40,8 +41,8 @@ class PackedTensor:
     """What a slice holds of a tensor [..., rows, cols]: of each of its matrices some rows and some 32-column blocks.
 
     shape: of one packed matrix, None for a vector, which is held as float32. count: matrices, one
-    behind the other from `offset` on. rows, blocks: the ranges of each that are held. shared: whether
-    other slices hold other blocks of the same rows, so that their pages are read by them too.
+    behind the other from `offset` on. rows, blocks: the ranges of each that are held. readers: slices that
+    hold other blocks of the same rows and so read them too, this one among them as number `reader`.
     """
 
     tensor: TensorInfo
@@ -50,7 +51,8 @@ class PackedTensor:
     count: int = 1
     rows: tuple[int, int] = (0, 1)
     blocks: tuple[int, int] | None = None
-    shared: bool = False
+    readers: int = 1
+    reader: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -58,32 +60,37 @@ class PackedTensor:
         return self.count * (self.shape.nbytes if self.shape else 4 * self.tensor.shape[-1])
 
     def pieces(self) -> Iterator[Piece]:
-        """What is read and packed at a time: groups of 16 rows, some megabytes of the file."""
+        """What is read and packed at a time: some megabytes of the file, whole units of rows (`contents.py`)."""
         if self.shape is None:
-            yield Piece(self, 0, 1, self.offset, self.nbytes)
+            yield Piece(self, 0, 1, self.offset, self.nbytes, is_summed=True)
             return
         if self.shape.nbytes == 0:
             return
         first, last = self.rows
         of_matrix = self.tensor.rows // self.count
-        step = max(1, _PIECE_BYTES // (GROUP_ROWS * self.tensor.row_bytes)) * GROUP_ROWS
-        for matrix in range(self.count):
-            for start in range(first, last, step):
-                rows, at = min(step, last - start), matrix * self.shape.nbytes
-                at += (start - first) // GROUP_ROWS * self.shape.group_bytes
-                nbytes = -(-rows // GROUP_ROWS) * self.shape.group_bytes
-                yield Piece(self, matrix * of_matrix + start, rows, self.offset + at, nbytes)
+        step = max(1, _PIECE_BYTES // (UNIT_ROWS * self.tensor.row_bytes)) * UNIT_ROWS
+        starts = [(matrix, start) for matrix in range(self.count) for start in range(first, last, step)]
+        for number, (matrix, start) in enumerate(starts):
+            rows, at = min(step, last - start), matrix * self.shape.nbytes
+            at += (start - first) // GROUP_ROWS * self.shape.group_bytes
+            nbytes = -(-rows // GROUP_ROWS) * self.shape.group_bytes
+            is_summed = number % self.readers == self.reader
+            yield Piece(self, matrix * of_matrix + start, rows, self.offset + at, nbytes, is_summed=is_summed)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """`rows` rows of a tensor from row `first` on, packed to `nbytes` bytes at `offset` of the slice."""
+    """`rows` rows of a tensor from row `first` on, packed to `nbytes` bytes at `offset` of the slice.
+
+    is_summed: whether it is up to this slice, of all that read these rows, to sum up what they hold.
+    """
 
     packed: PackedTensor
     first: int
     rows: int
     offset: int
     nbytes: int
+    is_summed: bool
 
     @property
     def source(self) -> tuple[int, int]:
@@ -111,7 +118,7 @@ def open_tensors(
     _check_source(key, gguf)
     pieces = [piece for packed in tensors for piece in packed.pieces()]
     nbytes = slice_bytes(tensors)
-    found = open_slice(key, nbytes, len(pieces), threads=threads, on_thread=on_thread)
+    found = open_slice(key, nbytes, len(pieces), len(tensors), threads=threads, on_thread=on_thread)
     if found.header is not None:
         progress.skip()
         if reads is not None:
@@ -120,14 +127,17 @@ def open_tensors(
     assert found.medium is not None
     medium, start = found.medium.kind, time.monotonic()
     try:
-        table = load_tensors(found.array, tensors, progress, threads, on_thread=on_thread, pages=pages, reads=reads)
+        table, contents = load_tensors(
+            found.array, tensors, progress, threads, on_thread=on_thread, pages=pages, reads=reads
+        )
         _verify(found.array, table, threads, on_thread, found.path)
         _check_source(key, gguf)
         found.finish(
             table,
+            contents,
             lambda checksum: SliceHeader(
                 source=key.source, cut=key.cut, layout=layout_identity(), nbytes=nbytes, pieces=len(pieces),
-                checksum=checksum, nodes=key.nodes, medium=medium, model=str(gguf.path),
+                tensors=len(tensors), checksum=checksum, nodes=key.nodes, medium=medium, model=str(gguf.path),
                 read_bytes=sum(stop - start for start, stop in (piece.source for piece in pieces)),
                 seconds=time.monotonic() - start,
             ),
@@ -143,14 +153,16 @@ def load_tensors(
     out: npt.NDArray[np.uint8], tensors: Sequence[PackedTensor], progress: Progress, threads: int,
     *, on_thread: Callable[[], None] = lambda: None,
     pages: CachedPages | None = None, reads: SharedReads | None = None,
-) -> npt.NDArray[np.void]:  # fmt: skip
-    """Read and pack tensors into `out`; the table of what was written, with checksums."""
+) -> tuple[npt.NDArray[np.void], npt.NDArray[np.void]]:  # fmt: skip
+    """Read and pack tensors into `out`; the table of what was written, with checksums, and that of what was read."""
     pieces = [piece for packed in tensors for piece in packed.pieces()]
     with ExitStack() as files:
         loader = _Loader(out, tensors, progress, pages, reads, files)
         digests = _on_threads(loader.load, pieces, threads, on_thread)
     progress.finish()
-    return piece_table([(piece.offset, piece.nbytes) for piece in pieces], digests)
+    names, sums = [packed.tensor.name for packed in tensors], [loader.contents[packed] for packed in tensors]
+    contents = content_table(names, sums)
+    return piece_table([(piece.offset, piece.nbytes) for piece in pieces], digests), contents
 
 
 def verify_pieces(
@@ -181,7 +193,8 @@ class _Loader:
             # The kernel must not read ahead: its large folios reach into the next piece, and then cannot be dropped.
             os.posix_fadvise(self._files[path], 0, 0, os.POSIX_FADV_RANDOM)
             files.callback(os.close, self._files[path])
-        shared = [packed for packed in tensors if packed.shared]
+        self.contents = dict.fromkeys(tensors, ContentSum())
+        shared = [packed for packed in tensors if packed.readers > 1]
         self._numbers = {packed: number for number, packed in enumerate(shared)}
         self._left = Counter({packed: sum(1 for _ in packed.pieces()) for packed in shared})
         for packed in shared:
@@ -189,9 +202,13 @@ class _Loader:
                 reads.finished(self._numbers[packed])
 
     def load(self, piece: Piece) -> bytes:
-        """Read and pack a piece; the checksum of the packed bytes."""
+        """Read, sum up and pack a piece; the checksum of the packed bytes."""
         tensor, blocks = piece.packed.tensor, piece.packed.blocks
         raw = self._read(piece).reshape(piece.rows, tensor.row_bytes)
+        if piece.is_summed:
+            content = ContentSum.of(tensor, piece.first, raw)
+            with self._lock:
+                self.contents[piece.packed] += content
         out = self._out[piece.offset : piece.offset + piece.nbytes]
         if piece.packed.shape is None:
             out.view(np.float32)[:] = dequantize_rows(raw, tensor.qtype).reshape(-1)
@@ -225,7 +242,7 @@ class _Loader:
             return
         packed = piece.packed
         (start, stop) = piece.source
-        if packed.shared:
+        if packed.readers > 1:
             with self._lock:
                 self._left[packed] -= 1
                 is_last = self._left[packed] == 0

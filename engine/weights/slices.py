@@ -23,6 +23,7 @@ from blake3 import blake3
 
 from numoe.engine.errors import AccessError, DataLossError, PreconditionError, ResourceError, UnavailableError
 from numoe.engine.private import make_private_folder
+from numoe.engine.weights.contents import CONTENT
 from numoe.engine.weights.header import HEADER_BYTES, PIECE, SliceHeader, file_bytes, read_header, write_header
 from numoe.engine.weights.mapping import map_file
 from numoe.engine.weights.media import Medium, choose_medium, shm_medium, weights_root
@@ -85,11 +86,19 @@ class WeightSlice:
     def pieces(self) -> npt.NDArray[np.void]:
         """The table of pieces (`header.PIECE`); DataLossError if it is damaged."""
         assert self.header is not None
-        at = HEADER_BYTES + self.header.nbytes
-        table = self._file[at : at + self.header.pieces * PIECE.itemsize]
-        if blake3(table.data).digest() != self.header.checksum:
+        return self._tables()[: self.header.pieces * PIECE.itemsize].view(PIECE)
+
+    def contents(self) -> npt.NDArray[np.void]:
+        """The table of contents (`contents.CONTENT`); DataLossError if it is damaged."""
+        assert self.header is not None
+        return self._tables()[self.header.pieces * PIECE.itemsize :].view(CONTENT)
+
+    def _tables(self) -> npt.NDArray[np.uint8]:
+        assert self.header is not None
+        tables = self._file[HEADER_BYTES + self.header.nbytes : self.header.file_bytes]
+        if blake3(tables.data).digest() != self.header.checksum:
             raise DataLossError(f"weights {self.path} are damaged (their table of checksums): `numoe weights rm` them")
-        return table.view(PIECE)
+        return tables
 
     def reserve(self, nodes: tuple[int, ...], threads: int, on_thread: Callable[[], None]) -> None:
         """Have the memory of a new slice; `medium` then is what it really got."""
@@ -98,12 +107,14 @@ class WeightSlice:
             self._file, self._descriptor, self.path, self.medium, nodes=nodes, threads=threads, on_thread=on_thread
         )
 
-    def finish(self, pieces: npt.NDArray[np.void], header: Callable[[bytes], SliceHeader]) -> None:
-        """Everything is loaded: write table, header and the complete flag, and let others attach."""
+    def finish(
+        self, pieces: npt.NDArray[np.void], contents: npt.NDArray[np.void], header: Callable[[bytes], SliceHeader]
+    ) -> None:
+        """Everything is loaded: write tables, header and the complete flag, and let others attach."""
         at = HEADER_BYTES + self._nbytes
-        table = pieces.view(np.uint8).reshape(-1)
-        self._file[at : at + table.nbytes] = table
-        write_header(self._file, header(blake3(table.data).digest()))
+        tables = np.concatenate([table.view(np.uint8).reshape(-1) for table in (pieces, contents)])
+        self._file[at : at + tables.nbytes] = tables
+        write_header(self._file, header(blake3(tables.data).digest()))
         self.header = read_header(self._file)
         fcntl.flock(self._descriptor, fcntl.LOCK_SH)
 
@@ -116,8 +127,9 @@ class WeightSlice:
 
 
 def open_slice(
-    key: SliceKey, nbytes: int, pieces: int, *, threads: int = 1, on_thread: Callable[[], None] = lambda: None
-) -> WeightSlice:
+    key: SliceKey, nbytes: int, pieces: int, tensors: int,
+    *, threads: int = 1, on_thread: Callable[[], None] = lambda: None,
+) -> WeightSlice:  # fmt: skip
     """Attach to a slice, or make an empty one that this process has to load.
 
     Waits while another process loads it. Raises ResourceError if there is no room. Huge pages that were set aside
@@ -125,7 +137,7 @@ def open_slice(
     """
     path, may_be_huge = key.path, True
     while True:
-        descriptor, medium = _open_or_create(key, file_bytes(nbytes, pieces), may_be_huge=may_be_huge)
+        descriptor, medium = _open_or_create(key, file_bytes(nbytes, pieces, tensors), may_be_huge=may_be_huge)
         if medium is not None:
             try:
                 return _reserved(path, descriptor, medium, nbytes, key.nodes, threads, on_thread)
@@ -138,7 +150,7 @@ def open_slice(
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             header = complete_header(descriptor) if _is_at(path, descriptor) else None
             if header is not None:
-                if (header.nbytes, header.pieces) != (nbytes, pieces):
+                if (header.nbytes, header.pieces, header.tensors) != (nbytes, pieces, tensors):
                     raise PreconditionError(f"weights {path} are not what they are named: `numoe weights rm` them")
                 return WeightSlice(path, descriptor, medium=None, nbytes=nbytes, writable=False)
         os.close(descriptor)  # its loader has failed or crashed, or it was removed meanwhile

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from blake3 import blake3
 
 from numoe.engine.gguf import GgufFile
 from numoe.engine.store import fingerprint as module
 from numoe.engine.store.fingerprint import ModelFingerprint
+from numoe.engine.weights import ContentSum
 from tests.models import build_model, make_model
 
 
@@ -122,8 +122,8 @@ def settled(tmp_path: Path) -> Path:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The tensors that were read."""
     names: list[str] = []
-    original = module._hash_tensors
-    monkeypatch.setattr(module, "_hash_tensors", lambda g, n, t: names.extend(n) or original(g, n, t))
+    original = module._read
+    monkeypatch.setattr(module, "_read", lambda g, n, t: names.extend(n) or original(g, n, t))
     return names
 
 
@@ -162,8 +162,18 @@ def test_a_file_just_written_is_read_again(tmp_path: Path, of: Of, hashed: list[
         assert len(hashed) == times * len(set(hashed))
 
 
-def test_digests_are_of_the_bytes_in_the_file(tmp_path: Path) -> None:
+def test_what_was_read_for_something_else_is_not_read_again(tmp_path: Path, of: Of, hashed: list[str]) -> None:
     path = make_model(tmp_path / "a.gguf", experts_type="Q4_0")
+    first, every = of(path), sorted(hashed)
+    hashed.clear()
     with GgufFile.open(path) as gguf:
-        digests = module._hash_tensors(gguf, list(gguf.tensors), 2)
-        assert digests == {name: blake3(gguf.read(name).tobytes()).digest() for name in gguf.tensors}
+        sums = {
+            name: ContentSum.of(tensor, 0, gguf.read(name).reshape(tensor.rows, tensor.row_bytes))
+            for name, tensor in gguf.tensors.items()
+        }
+        assert ModelFingerprint.from_gguf(gguf, read=sums, cache=tmp_path / "other") == first
+        assert hashed == []
+        sums[every[0]] = ContentSum()
+        del sums[every[1]]
+        assert ModelFingerprint.from_gguf(gguf, read=sums, cache=tmp_path / "another") == first
+        assert sorted(hashed) == every[:2]

@@ -134,7 +134,7 @@ def refused(model: GgufFile) -> str:
     """What is said about more than there is on a node."""
     total = next(node for node in Topology.read().nodes if node.id == 1).memory_bytes
     try:
-        open_slice(key_of(model, "full", (1,)), total, 1)
+        open_slice(key_of(model, "full", (1,)), total, 1, 1)
     except NumoeError as error:
         return f"{type(error).__name__}: {error}"
     return ""

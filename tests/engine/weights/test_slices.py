@@ -87,7 +87,7 @@ def crashed_load(key: SliceKey, shm_root: Path) -> None:
         "import sys, time; from pathlib import Path; from numoe.engine.weights import SliceKey, media\n"
         "from numoe.engine.weights.slices import open_slice\n"
         f"media.SHM = Path({str(shm_root)!r})\n"
-        f"found = open_slice(SliceKey(source={key.source!r}, cut={key.cut!r}), 1 << 20, 3)\n"
+        f"found = open_slice(SliceKey(source={key.source!r}, cut={key.cut!r}), 1 << 20, 3, 1)\n"
         "found.array[:] = 7; print('loading', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
@@ -112,7 +112,7 @@ def test_a_load_that_crashed_is_not_attached_to_but_done_again(model: Path, key:
 def test_what_a_crash_left_is_removed_by_the_next_load_of_any_model(model: Path) -> None:
     kept = load(model).path
     other = SliceKey(source="0" * 32, cut="dense")
-    open_slice(other, 1 << 20, 3).close()  # given up without a word, as a killed process does
+    open_slice(other, 1 << 20, 3, 1).close()  # given up without a word, as a killed process does
     assert other.path.exists()
     sweep_incomplete()
     assert not other.path.parent.exists()
@@ -123,7 +123,7 @@ def test_a_second_server_waits_for_the_first_ones_load(model: Path, key: SliceKe
     with GgufFile.open(model) as gguf:
         tensors = plan_dense(gguf)
         pieces = sum(1 for packed_tensor in tensors for _ in packed_tensor.pieces())
-        first = open_slice(key, packed(gguf, tensors).nbytes, pieces)
+        first = open_slice(key, packed(gguf, tensors).nbytes, pieces, len(tensors))
     results = list[WeightSlice]()
     second = threading.Thread(target=lambda: results.append(load(model)))
     second.start()
@@ -190,7 +190,7 @@ def test_a_shortened_file_is_not_complete(model: Path, key: SliceKey) -> None:
 
 def test_no_room_is_said_before_anything_is_loaded(shm_root: Path) -> None:
     with pytest.raises(ResourceError, match=r"no room for 11258.*numoe weights"):
-        open_slice(SliceKey(source="0" * 32, cut="dense"), 1 << 50, 1)
+        open_slice(SliceKey(source="0" * 32, cut="dense"), 1 << 50, 1, 1)
     assert list(shm_root.iterdir()) == []
 
 
@@ -207,7 +207,7 @@ def test_a_full_file_system_is_an_error_and_no_bus_error(
         monkeypatch.setattr(media, "SHM", place)
         monkeypatch.setattr(media.Medium, "free_bytes", lambda *_: 1 << 40)
         with pytest.raises(ResourceError, match="no room"):
-            open_slice(SliceKey(source="0" * 32, cut="dense"), 16 << 20, 1)
+            open_slice(SliceKey(source="0" * 32, cut="dense"), 16 << 20, 1, 1)
         assert list(place.iterdir()) == []
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)
