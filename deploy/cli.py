@@ -9,7 +9,7 @@ import sys
 # Read by gRPC when it is imported: its own log lines would mix with the command's one-line errors.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
-from cyclopts import App, CycloptsError, UnusedCliTokensError
+from cyclopts import App, CycloptsError, UnknownOptionError, UnusedCliTokensError
 
 from numoe.deploy.commands.bench import bench
 from numoe.deploy.commands.demo import demo
@@ -24,6 +24,7 @@ from numoe.deploy.commands.stop import stop
 from numoe.deploy.commands.tokenize import tokenize
 from numoe.deploy.commands.version import version
 from numoe.deploy.commands.weights import weights
+from numoe.deploy.spellings import hint_for
 
 WRONG_USAGE = 2
 
@@ -44,6 +45,8 @@ def main() -> None:
         reason = " ".join(str(error).split())
         if isinstance(error, UnusedCliTokensError):  # a prompt may begin with a hyphen, so this may be an option
             reason = f"too many arguments, or an unknown option, in: {' '.join(sys.argv[1:])}"
+        if isinstance(error, UnusedCliTokensError | UnknownOptionError):
+            reason = hint_for(sys.argv[2:]) or reason
         print(f"numoe: {reason} (see `{' '.join(('numoe', *(error.command_chain or ())))} --help`)", file=sys.stderr)
         code = WRONG_USAGE
     sys.exit(code)
