@@ -23,7 +23,7 @@ from numoe.engine.errors import DataLossError, ModelFileError
 from numoe.engine.formats import GROUP_ROWS, Shape
 from numoe.engine.gguf import GgufFile, TensorInfo, dequantize_rows
 from numoe.engine.progress import Progress
-from numoe.engine.weights.contents import UNIT_ROWS, ContentSum, content_table
+from numoe.engine.weights.contents import ContentSum, content_table, unit_rows
 from numoe.engine.weights.header import SliceHeader
 from numoe.engine.weights.pages import CachedPages, SharedReads
 from numoe.engine.weights.slices import SliceKey, WeightSlice, open_slice, piece_table, remove_slice
@@ -68,7 +68,8 @@ class PackedTensor:
             return
         first, last = self.rows
         of_matrix = self.tensor.rows // self.count
-        step = max(1, _PIECE_BYTES // (UNIT_ROWS * self.tensor.row_bytes)) * UNIT_ROWS
+        unit = unit_rows(self.tensor)
+        step = max(1, _PIECE_BYTES // (unit * self.tensor.row_bytes)) * unit
         starts = [(matrix, start) for matrix in range(self.count) for start in range(first, last, step)]
         for number, (matrix, start) in enumerate(starts):
             rows, at = min(step, last - start), matrix * self.shape.nbytes

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from blake3 import blake3
+from gguf import GGMLQuantizationType as QuantType
 
 from numoe.engine.experts.mailbox import Mailbox, MailboxLayout
 from numoe.engine.experts.shard import ExpertShard, ShardSlice
@@ -15,6 +16,7 @@ from numoe.engine.models.config import ModelConfig
 from numoe.engine.progress import Progress
 from numoe.engine.weights import ContentSum, linked_contents
 from numoe.engine.weights import loading as loading_module
+from numoe.engine.weights.contents import unit_rows
 from numoe.engine.worker.options import ForwardOptions, SharedWeights
 from numoe.engine.worker.weights import DENSE, DenseWeights
 from tests.engine.weights.support import key_of
@@ -81,17 +83,32 @@ def test_what_no_slice_has_read_is_not_known(model: Path, tmp_path: Path) -> Non
         assert [sums[name].digest(gguf.tensors[name]) for name in sums] == [None] * 3
 
 
-def test_a_sum_is_that_of_blake3_of_units_of_32_rows(model: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "unit"),
+    [("output.weight", 1024), ("blk.0.ffn_gate_exps.weight", 32), ("blk.0.ffn_down_exps.weight", 32)],
+)
+def test_a_sum_is_that_of_blake3_of_units(model: Path, name: str, unit: int) -> None:
     with GgufFile.open(model) as gguf:
-        tensor = gguf.tensors["output.weight"]
-        data, size = rows(gguf, tensor).tobytes(), 32 * tensor.row_bytes
+        tensor = gguf.tensors[name]
+        data, size = rows(gguf, tensor).tobytes(), unit * tensor.row_bytes
         total = [0] * 1024
-        for unit in range(11):
-            digest = blake3(unit.to_bytes(8, "little") + data[unit * size : (unit + 1) * size]).digest(2048)
+        for number, start in enumerate(range(0, len(data), size)):
+            digest = blake3(data[start : start + size]).digest(2048 * (number + 1))[-2048:]
             numbers = [int.from_bytes(digest[2 * i : 2 * i + 2], "little") for i in range(1024)]
             total = [(a + b) % 65536 for a, b in zip(total, numbers, strict=True)]
         found = ContentSum.of(tensor, 0, rows(gguf, tensor))
-        assert (found.units, found.lanes.tolist()) == (11, total)
+        assert (found.units, found.lanes.tolist()) == (-(-tensor.rows // unit), total)
+
+
+def test_units_are_large_where_nobody_cuts_and_never_go_beyond_a_matrix() -> None:
+    def unit(name: str, *shape: int) -> int:
+        return unit_rows(TensorInfo(name, shape, QuantType.Q8_0, Path("m.gguf"), 0, 0))
+
+    assert unit("blk.0.ffn_up_exps.weight", 128, 768, 2048) == 32
+    assert unit("blk.0.ffn_down_exps.weight", 128, 2048, 768) == 512
+    assert unit("blk.0.ffn_down_exps.weight", 128, 96, 768) == 32
+    assert unit("output.weight", 100_000, 2048) == 128
+    assert unit("blk.0.attn_norm.weight", 2048) == 128
 
 
 def test_units_may_be_added_in_any_order_but_not_swapped(model: Path) -> None:
@@ -105,9 +122,9 @@ def test_units_may_be_added_in_any_order_but_not_swapped(model: Path) -> None:
         assert ContentSum.of(tensor, 0, swapped).digest(tensor) != content.digest(tensor)
 
 
-@pytest.mark.parametrize(("first", "last"), [(16, 64), (0, 48), (320, 332)])
+@pytest.mark.parametrize(("first", "last"), [(16, 64), (0, 48), (32, 1119)])
 def test_half_a_unit_is_refused(model: Path, first: int, last: int) -> None:
     with GgufFile.open(model) as gguf:
-        tensor = gguf.tensors["output.weight"]
+        tensor = gguf.tensors["blk.0.ffn_gate_exps.weight"]
         with pytest.raises(ValueError, match="whole units"):
             ContentSum.of(tensor, first, rows(gguf, tensor)[first:last])
