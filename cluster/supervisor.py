@@ -28,6 +28,7 @@ from numoe.cluster.heartbeats import SignsOfLife
 from numoe.cluster.member import Member, ServerRecord, end_processes
 from numoe.cluster.placing import NAMESPACE, ActorClasses, Placing
 from numoe.cluster.plan import Plan
+from numoe.cluster.signals import die_of_sigterm
 from numoe.cluster.status import SAVE_S, ActorInfo, ActorPlacement, ActorState, LoadProgress
 from numoe.cluster.topology import Topology
 from numoe.engine import shm
@@ -63,6 +64,7 @@ class Supervisor:
     def __init__(
         self, instance: str, plan: Plan, classes: ActorClasses, endpoint: Endpoint | None, *, keep_weights: bool = False
     ) -> None:
+        die_of_sigterm()
         self._plan, self._endpoint, self._name = plan, endpoint, supervisor_name(instance)
         self._bandwidth: dict[int, float] = {}
         self._outcome, self._stopping = _Outcome(), threading.Lock()
