@@ -7,6 +7,8 @@ import socket
 
 import msgspec
 
+from numoe.cluster.signals import die_of_sigterm
+
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """A process."""
@@ -16,5 +18,6 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def identity() -> Identity:
-    """Identify the calling process."""
+    """Identify the calling process, which from now on is an actor's: whoever ends it, it is replaced."""
+    die_of_sigterm()
     return Identity(pid=os.getpid(), host=socket.gethostname())

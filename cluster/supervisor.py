@@ -28,10 +28,11 @@ from numoe.cluster.heartbeats import SignsOfLife
 from numoe.cluster.member import Member, ServerRecord, end_processes
 from numoe.cluster.placing import NAMESPACE, ActorClasses, Placing
 from numoe.cluster.plan import Plan
+from numoe.cluster.signals import die_of_sigterm
 from numoe.cluster.status import SAVE_S, ActorInfo, ActorPlacement, ActorState, LoadProgress
 from numoe.cluster.topology import Topology
 from numoe.engine import shm
-from numoe.engine.errors import InputError, NumoeError
+from numoe.engine.errors import InputError
 from numoe.engine.weights import free_weights, sweep_incomplete
 
 __all__ = ["NAMESPACE", "ActorClasses", "Supervisor"]
@@ -63,6 +64,7 @@ class Supervisor:
     def __init__(
         self, instance: str, plan: Plan, classes: ActorClasses, endpoint: Endpoint | None, *, keep_weights: bool = False
     ) -> None:
+        die_of_sigterm()
         self._plan, self._endpoint, self._name = plan, endpoint, supervisor_name(instance)
         self._bandwidth: dict[int, float] = {}
         self._outcome, self._stopping = _Outcome(), threading.Lock()
@@ -86,7 +88,7 @@ class Supervisor:
         """
         try:
             self._assembly.launch()
-        except (NumoeError, RayError) as error:
+        except Exception as error:
             self._take_down(str(error))
             raise
         threading.Thread(target=self._watch, name="numoe-watch", daemon=True).start()
@@ -296,7 +298,10 @@ class Supervisor:
         for member in members:
             member.state = "dead"
         self._placing.release()
-        self._free_memory()
+        try:
+            self._free_memory()
+        except OSError:  # those who wait for the end must hear of it all the same
+            logger.exception("shared memory could not be freed")
         self._end()
 
     def _end(self) -> None:

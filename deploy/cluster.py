@@ -120,6 +120,7 @@ def _init_ray() -> bool:
             return False
     os.environ[_OWNER_VARIABLE] = _OWN_TEMP_DIR
     make_private_folder(Path(PRIVATE_TEMP))  # Ray's own folders and sockets are open to all users
+    remove_stale_sessions()
     if not address:  # else Ray has read the user's token already
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # its ports are open to the network
     ray.init(
@@ -131,6 +132,13 @@ def _init_ray() -> bool:
         **quiet,
     )
     return True
+
+
+def remove_stale_sessions() -> None:
+    """Remove the session folders of Rays whose numoe was killed, and could not do it."""
+    for folder in Path(PRIVATE_TEMP).iterdir():
+        if folder.name.isdecimal() and not psutil.pid_exists(int(folder.name)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _running_cluster() -> str:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, from the first import to the last clean-up."""
+"""Ctrl-C, SIGTERM and the end of the terminal (SIGHUP), from the first import to the last clean-up."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM inside a `with` block.
+    """Ctrl-C, SIGTERM, and SIGHUP unless `nohup` says otherwise, inside a `with` block.
 
     While the server starts they raise KeyboardInterrupt, so that whatever has begun is undone;
     after `started` they set the event `stop`. A second signal ends the process at once, after the
@@ -29,7 +29,8 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         for number in STOP_SIGNALS:
-            self._before[number] = signal.signal(number, self._on_signal)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -53,10 +54,12 @@ class StopSignals:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM that come inside the block take effect behind it.
+    """Let signals that stop the server and come inside the block take effect behind it.
 
     For Ray's start: its core aborts the process when an exception cuts it short, and it puts handlers
-    of its own in place, which are kept out (or, below Python, replaced again).
+    of its own in place, which are kept out (or, below Python, replaced again). The processes that it starts
+    never see SIGHUP, as Ray has them never see SIGINT: a terminal that is closed tells all of them, and the
+    server must have time to drain.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -65,9 +68,11 @@ def uninterrupted() -> Iterator[None]:
     set_handler = signal.signal
     before = {number: set_handler(number, lambda number, _frame: came.append(number)) for number in STOP_SIGNALS}
     signal.signal = lambda number, _handler: signal.getsignal(number)  # type: ignore[assignment]
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         signal.signal = set_handler
         for number, handler in before.items():
             set_handler(number, handler)

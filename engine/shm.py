@@ -20,6 +20,7 @@ from numoe.engine.private import make_private_folder, replace_private
 ROOT = Path(f"/dev/shm/numoe-{os.getuid()}")  # noqa: S108 - shared memory is what this is for
 _OWNER_FILE = "owner"
 _UNSIGNED_SECONDS = 30.0
+_TRIES = 100
 
 
 class SharedSegment:
@@ -79,9 +80,15 @@ def create_folder(instance: str) -> Path:
 
     Raises AccessError where the root is another user's.
     """
-    make_private_folder(ROOT)
     folder = ROOT / instance
-    folder.mkdir(mode=0o700)
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            make_private_folder(ROOT)
+            folder.mkdir(mode=0o700)
+            break
+        except FileNotFoundError:  # another server has ended meanwhile, and removed the root
+            if not tries_left:
+                raise
     adopt_folder(folder, [os.getpid()])
     return folder
 
@@ -109,9 +116,13 @@ def remove_stale() -> list[Path]:
     """
     if not os.path.lexists(ROOT):
         return []
-    make_private_folder(ROOT)  # never clean up behind somebody's link
+    try:
+        make_private_folder(ROOT)  # never clean up behind somebody's link
+        folders = sorted(ROOT.iterdir())
+    except FileNotFoundError:  # the last server has just ended
+        return []
     removed = []
-    for folder in sorted(ROOT.iterdir()):
+    for folder in folders:
         if not _owner_lives(folder):
             remove_folder(folder)
             removed.append(folder)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from numoe.deploy.client import DEFAULT_ADDRESS
-from numoe.deploy.console import one_line_errors
+from numoe.deploy.console import one_line_errors, result_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,15 +56,13 @@ def doctor(
 
     """
     with one_line_errors():
-        from rich.console import Console
-
         from numoe.deploy.doctor.check import Host, count
         from numoe.deploy.doctor.examine import Questions, examine
 
         questions = Questions(
             model=model, listen=listen, store=store, store_endpoint=store_endpoint, measure=measure
         )
-        console, found = Console(highlight=False, markup=False), []
+        console, found = result_console(), []
         with _progress() as progress:
             for check in examine(Host.read(), questions, progress):
                 found.append(check)

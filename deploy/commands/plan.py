@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from numoe.deploy.commands.placement import ANYWHERE, Placement
-from numoe.deploy.console import one_line_errors
+from numoe.deploy.console import one_line_errors, result_console
 
 if TYPE_CHECKING:
     from numoe.cluster.cores import Seats
@@ -126,10 +126,9 @@ def _memory_of(seats: Seats) -> str:
 
 
 def _print(values: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console, table = Console(highlight=False, markup=False), Table(box=None, padding=(0, 2, 0, 0))
+    console, table = result_console(), Table(box=None, padding=(0, 2, 0, 0))
     for name in ("where", "what", "GB"):
         table.add_column(name, justify="right" if name == "GB" else "left")
     for row in values["where"]:

@@ -35,7 +35,7 @@ def serve(
     caching: Caching = NO_FLAGS,
     listening: Listening = LOOPBACK,
 ) -> int:
-    """Serve a GGUF model over gRPC until Ctrl-C, SIGTERM or `numoe stop`.
+    """Serve a GGUF model over gRPC until Ctrl-C, SIGTERM, `numoe stop` or the end of the terminal.
 
     Parameters
     ----------

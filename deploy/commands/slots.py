@@ -12,7 +12,7 @@ from rich.filesize import decimal
 
 from numoe.deploy.commands.security import DEFAULT, Connection
 from numoe.deploy.commands.values import duration, unsigned
-from numoe.deploy.console import one_line_errors
+from numoe.deploy.console import one_line_errors, result_console
 from numoe.engine.errors import UnavailableError
 from numoe.v1 import admin_pb2
 from numoe.v1 import slots_pb2 as pb
@@ -279,7 +279,6 @@ def _ago(seconds: float) -> str:
 
 
 def _print_table(rows: Iterable[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     found = list(rows)
@@ -292,4 +291,4 @@ def _print_table(rows: Iterable[dict[str, Any]]) -> None:
         table.add_column(name, justify="right" if numeric else "left")
     for row in found:
         table.add_row(*("-" if value is None else str(value) for value in row.values()))
-    Console(highlight=False, markup=False).print(table)
+    result_console().print(table)

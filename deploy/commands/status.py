@@ -10,7 +10,7 @@ from rich.filesize import decimal
 
 from numoe.deploy.commands.security import DEFAULT, Connection
 from numoe.deploy.commands.slots import slot_json, slot_row
-from numoe.deploy.console import one_line_errors
+from numoe.deploy.console import one_line_errors, result_console
 from numoe.deploy.placements import placement_json, placement_text
 from numoe.v1 import admin_pb2 as pb
 
@@ -128,7 +128,6 @@ def _name(constant: str, prefix: str) -> str:
 
 
 def _print_tables(values: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     def table(title: str, rows: list[dict[str, Any]]) -> None:
@@ -141,7 +140,7 @@ def _print_tables(values: dict[str, Any]) -> None:
             result.add_row(*("-" if value is None else str(value) for value in row.values()))
         console.print(result)
 
-    console = Console(highlight=False, markup=False)
+    console = result_console()
     model, queue, kv, step = values["model"], values["queue"], values["kv"], values["step"]
     console.print(f"numoe {values['version']} at {values['address']}: {values['state']}")
     console.print(

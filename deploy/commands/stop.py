@@ -14,6 +14,7 @@ from cyclopts import Parameter
 from numoe.cluster.status import TAKE_DOWN_S
 from numoe.deploy.client import POLL_S, Client
 from numoe.deploy.commands.security import DEFAULT, Connection
+from numoe.deploy.commands.values import duration
 from numoe.deploy.console import INTERRUPTED, one_line_errors
 from numoe.engine.errors import UnavailableError
 from numoe.v1 import admin_pb2
@@ -38,12 +39,13 @@ def stop(
 
     """
     with one_line_errors(), connection.client() as client:
+        duration("--timeout", timeout)  # refuses what is none
         pids = local_pids(client.status().actors)
-        running = client.shutdown(max(0.0, timeout), keep_weights=keep_weights)
+        running = client.shutdown(timeout, keep_weights=keep_weights)
         if running:
             print(f"waiting up to {timeout:g} s for {running} running requests (Ctrl-C leaves them be)")
         try:
-            wait_stopped(client, pids, max(0.0, timeout) + TAKE_DOWN_S)
+            wait_stopped(client, pids, timeout + TAKE_DOWN_S)
         except KeyboardInterrupt:
             return INTERRUPTED
     print(f"stopped {client.address}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from numoe.deploy.console import one_line_errors
+from numoe.deploy.console import one_line_errors, result_console
 from numoe.engine.errors import DataLossError, InputError, NotFoundError, ResourceError
 
 if TYPE_CHECKING:
@@ -167,7 +167,6 @@ def _row(found: StoredSlice) -> dict[str, Any]:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -180,4 +179,4 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         cells = (row["fingerprint"][:8], row["slice"], f"{row['bytes'] / 1e9:.2f}", nodes, row["memory"],
                  row["state"], speed, row["model"])  # fmt: skip
         table.add_row(*("-" if cell is None else str(cell) for cell in cells))
-    Console(highlight=False, markup=False).print(table)
+    result_console().print(table)

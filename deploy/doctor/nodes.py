@@ -8,7 +8,7 @@ from datetime import datetime
 from numoe.cluster.bandwidth import Bandwidth
 from numoe.cluster.topology import NumaNode
 from numoe.deploy.doctor.check import Check, Host, count, error, gb, ok, warning
-from numoe.deploy.doctor.dimms import DMI_TABLE, count_channels, read_slots
+from numoe.deploy.doctor.dimms import DMI_TABLE, Slot, count_channels, read_slots
 from numoe.engine import numa
 
 _UNEVEN = 1.2
@@ -70,7 +70,7 @@ def check_memory_channels(host: Host) -> Check:
         return ok("memory_channels", f"not readable: {why}", **values)
     parts = [f"{count(channels, 'channel')} with modules"] if channels else []
     if filled and slots:
-        kinds = Counter(f"{slot.kind} {gb(slot.nbytes)} at {slot.configured or slot.speed} MT/s" for slot in filled)
+        kinds = Counter(_module(slot) for slot in filled)
         parts.append(f"{len(filled)} of {count(len(slots), 'slot')} filled")
         parts += [f"{number} × {kind}" for kind, number in kinds.items()]
     if values["peak_gb_s"]:
@@ -82,6 +82,11 @@ def check_memory_channels(host: Host) -> Check:
         cure = "modules run below their speed: see the memory settings of the firmware, and what the processor allows"
         return warning("memory_channels", text, cure, **values)
     return ok("memory_channels", text, **values)
+
+
+def _module(slot: Slot) -> str:
+    speed = slot.configured or slot.speed  # which virtual machines do not tell
+    return f"{slot.kind} {gb(slot.nbytes)}{f' at {speed} MT/s' if speed else ''}"
 
 
 def check_bandwidth(host: Host, found: Bandwidth) -> Check:

@@ -19,7 +19,7 @@ from numoe.actors.gateway.listen import ListenAddress, parse_listen, require_fre
 from numoe.deploy.commands.caching import NO_STORE, default_store
 from numoe.deploy.doctor.check import Check, error, gb, ok, warning
 from numoe.deploy.raylets import Raylet, find_raylets
-from numoe.engine.cpu.isa import cache_root
+from numoe.engine.cpu.isa import cache_root, spare_kernels
 from numoe.engine.errors import AccessError, InputError, NumoeError, ResourceError
 from numoe.engine.store import open_store
 
@@ -146,8 +146,8 @@ def check_cache(folder: Path | None = None) -> Check:
             pass
         free = shutil.disk_usage(folder).free
     except OSError as refused:
-        text = f"{folder} cannot be written ({refused.strerror}): kernels are compiled at each start"
-        return error("cache", text, "make it writable, or set XDG_CACHE_HOME to another folder", folder=str(folder))
+        text = f"{folder} cannot be written ({refused.strerror}): compiled kernels are kept in {spare_kernels()}"
+        return warning("cache", text, "make it writable, or set XDG_CACHE_HOME to another folder", folder=str(folder))
     if free < _LEAST_FREE:
         cure = "free some, or set XDG_CACHE_HOME to a folder with more"
         return warning("cache", f"{folder} has {gb(free)} left", cure, folder=str(folder), free_bytes=free)

@@ -18,11 +18,13 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import llvmlite.binding as llvm
 
 from numoe.engine.errors import InputError
+from numoe.engine.private import make_private_folder
 
 ISAS = ("avx512", "avxvnni", "avx2", "portable")
 _NEEDS = {
@@ -63,7 +65,8 @@ def cache_root() -> Path:
 def kernel_cache_dir(isa: str) -> Path:
     """The folder of compiled kernels: one for each CPU, path, Numba version and state of the sources.
 
-    Numba itself notices only changes of the file that defines a function, not of what it calls.
+    Numba itself notices only changes of the file that defines a function, not of what it calls. Where the cache folder
+    cannot be written, as that of a user without a home, it is in a folder of this user's among the temporary files.
     """
     digest = hashlib.sha256()
     for part in (isa, llvm.get_host_cpu_name(), platform.machine(), platform.python_version()):
@@ -72,7 +75,21 @@ def kernel_cache_dir(isa: str) -> Path:
     engine = Path(__file__).resolve().parent.parent
     for source in sorted([f for folder in _COMPILED for f in (engine / folder).rglob("*.py")]):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    return cache_root() / "kernels" / f"{isa}-{digest.hexdigest()[:16]}"
+    folder = cache_root() / "kernels" / f"{isa}-{digest.hexdigest()[:16]}"
+    return folder if folder.is_dir() or _may_write(folder.parent) else spare_kernels() / folder.name
+
+
+def spare_kernels() -> Path:
+    """Where compiled kernels are kept if the cache folder cannot be written."""
+    return Path(tempfile.gettempdir()) / f"numoe-kernels-{os.getuid()}"
+
+
+def _may_write(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def configure() -> str:
@@ -82,6 +99,8 @@ def configure() -> str:
         os.environ["NUMBA_CPU_NAME"] = _FORCED_CPU[isa]
         os.environ["NUMBA_CPU_FEATURES"] = ""
     folder = kernel_cache_dir(isa)
+    if folder.parent == spare_kernels():
+        make_private_folder(folder.parent)  # what lies there is run: nobody else may have put it there
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         _forget_old_caches(folder.parent)

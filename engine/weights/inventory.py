@@ -84,7 +84,7 @@ def sweep_incomplete() -> None:
     for folder in {path.parent for path in _paths()}:
         with contextlib.suppress(FileNotFoundError), locked_folder(folder):
             for path in folder.iterdir():
-                if is_unused_and_incomplete(path):
+                if not path.is_dir() and is_unused_and_incomplete(path):
                     unlink(path)
             remove_empty(folder)
 
@@ -143,5 +143,6 @@ def free_weights(folder: Path) -> None:
 
 
 def _paths() -> Iterable[Path]:
-    return sorted(weights_root().glob("*/*"))
+    """Slices, and what else lies where they do; folders are nobody's of numoe."""
+    return sorted(path for path in weights_root().glob("*/*") if not path.is_dir())
 

@@ -260,6 +260,21 @@ def test_an_actor_that_hangs_is_replaced(fake: FakeRay, monkeypatch: pytest.Monk
     assert running.wait() == ""
 
 
+def test_a_start_ends_whatever_happens_in_it(fake: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for a server that cannot come up, although its memory cannot be freed either."""
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(assembly, "sweep_incomplete", fail)
+    monkeypatch.setattr(supervisor, "sweep_incomplete", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        start(fake)
+    assert STARTED[0]._outcome.ended.is_set()
+    assert "Input/output" in STARTED[0].wait()
+    assert all(actor.end.done() for actor in fake.actors.values())
+
+
 def test_somebody_looks_whatever_happens(fake: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
     running, waits = start(fake), fake.wait
     failures = [OSError("too many open files")] * 3

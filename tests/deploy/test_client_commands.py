@@ -169,6 +169,13 @@ def test_stop_waits_until_the_server_is_gone() -> None:
         assert numoe("status", "--address", server.address).returncode == 1
 
 
+@pytest.mark.parametrize("seconds", ["-1", "nan", "inf", "86401"])
+def test_stop_refuses_a_timeout_that_is_none(seconds: str) -> None:
+    done = numoe("stop", "--timeout", seconds, "--address", "127.0.0.1:1")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"numoe: --timeout .*seconds from 0 to 86400\n", done.stderr)
+
+
 @pytest.mark.parametrize("command", [["generate", "hi"], ["status"], ["stop"]])
 def test_an_unreachable_server_is_one_line_with_the_cure(command: list[str]) -> None:
     done = numoe(*command, "--address", "127.0.0.1:1")

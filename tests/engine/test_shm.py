@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from numoe.engine import shm
+from numoe.engine import private, shm
 from numoe.engine.errors import AccessError, ResourceError, UnavailableError
 
 
@@ -27,6 +27,25 @@ def test_two_mappings_see_the_same_bytes(root: Path) -> None:
     assert root.stat().st_mode & 0o777 == folder.stat().st_mode & 0o777 == 0o700
     shm.remove_folder(folder)
     assert not root.exists()
+
+
+def test_servers_that_end_meanwhile_are_in_nobodys_way(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last one of a user removes the root, just when another has looked at it."""
+    ends = 2
+
+    def make_private_folder(path: Path) -> None:
+        nonlocal ends
+        private.make_private_folder(path)
+        if ends:
+            ends -= 1
+            path.rmdir()
+
+    monkeypatch.setattr(shm, "make_private_folder", make_private_folder)
+    assert shm.create_folder("one").is_dir()
+    shm.remove_folder(root / "one")
+    root.mkdir()
+    ends = 1
+    assert shm.remove_stale() == []
 
 
 def test_no_room_is_said_and_leaves_no_file(root: Path) -> None:

@@ -19,7 +19,7 @@ from tests.models import make_model
 from tests.system.harness import ServeProcess, numoe
 from tests.system.streams import STREAMS, Streams, Told, varied
 
-KILL, STOP = signal.SIGKILL, signal.SIGSTOP
+KILL, STOP, TERM = signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM
 FLAGS = ("--parallel", STREAMS + 2, "--shards", 2, "--chunk", 32, "--ctx-size", 1024)
 
 
@@ -79,9 +79,15 @@ def wait_replaced(server: ServeProcess, victim: dict) -> dict:
 
 @pytest.mark.parametrize(
     ("role", "number"),
-    [("expert", KILL), ("expert", STOP), ("attention", KILL), ("attention", STOP), ("supervisor", STOP)],
-    ids=["expert killed", "expert stopped", "attention killed", "attention stopped", "supervisor stopped"],
-)
+    [
+        ("expert", KILL), ("expert", STOP), ("expert", TERM), ("attention", KILL), ("attention", STOP),
+        ("supervisor", STOP),
+    ],
+    ids=[
+        "expert killed", "expert stopped", "expert terminated", "attention killed", "attention stopped",
+        "supervisor stopped",
+    ],
+)  # fmt: skip
 def test_streams_go_on_as_if_nothing_had_happened(
     lasting: ServeProcess, undisturbed: list[Told], role: str, number: int
 ) -> None:

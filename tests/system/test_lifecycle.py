@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from numoe.engine.gguf import GgufFile
 from numoe.engine.models.reference import reference_logits
 from tests.models import make_model
 from tests.system.harness import NUMOE, ServeProcess, numoe
+from tests.system.streams import Streams, varied
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -27,6 +29,21 @@ def test_a_signal_ends_the_server_and_nothing_is_left(tiny_model: Path, number: 
     server = ServeProcess(tiny_model, "--shards", 2)
     assert server.generate("hello", "--max-tokens", 3, "--temperature", 0)["token_ids"]
     code, errors = server.stop(number)
+    assert code == 0, errors
+    assert server.left_over() == []
+
+
+def test_a_terminal_that_is_closed_ends_the_server_as_ctrl_c_does(tiny_model: Path) -> None:
+    """It tells every process in it, and what runs is drained all the same."""
+    server = ServeProcess(tiny_model)
+    streams = Streams(server.address, [varied(0, 400)])
+    streams.started(1)
+    for pid in (server.process.pid, *server.pids):
+        os.kill(pid, signal.SIGHUP)
+    (told,) = streams.join()
+    assert (told.error, len(told.token_ids)) == (None, 400)
+    server.process.wait(60)
+    code, errors = server.stop()
     assert code == 0, errors
     assert server.left_over() == []
 

@@ -137,6 +137,13 @@ def test_modules_that_are_slower_than_they_could_be(tmp_path: Path, other: bytes
     assert cure in found.cure
 
 
+def test_a_speed_that_is_not_told_is_not_said(tmp_path: Path) -> None:
+    write_dmi(hosts.dual_xeon(tmp_path), memory_device("A", 4096, speed=0, configured=0))
+    found = check_memory_channels(Host.read(tmp_path))
+    assert found.text == "1 of 1 slot filled, 1 × DDR4 4.3 GB"
+    assert found.values["mt_s"] is None
+
+
 def test_channels_that_cannot_be_read(tmp_path: Path) -> None:
     found = check_memory_channels(Host.read(hosts.dual_xeon(tmp_path)))
     assert (found.state, found.values["slots"], found.values["channels"]) == ("ok", None, None)

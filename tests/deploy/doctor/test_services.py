@@ -131,4 +131,4 @@ def test_the_cache_folder(tmp_path: Path) -> None:
     assert check_cache(tmp_path / "new").state == "ok"
     (tmp_path / "file").write_text("")
     found = check_cache(tmp_path / "file")
-    assert (found.state, found.values) == ("error", {"folder": str(tmp_path / "file")})
+    assert (found.state, found.values) == ("warning", {"folder": str(tmp_path / "file")})

@@ -40,6 +40,19 @@ def test_settings_hold_although_numba_was_imported_first(tmp_path: Path) -> None
         assert cpu == "x86-64-v2"
 
 
+def test_a_cache_folder_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    """As that of a user whose home is not there; what is compiled is this user's alone all the same."""
+    (tmp_path / "home").write_text("")
+    script = "import numoe.engine.cpu.team as team; print(team._lead._cache.cache_path)"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "home" / "cache"), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert result.returncode == 0, result.stderr
+    spare = tmp_path / f"numoe-kernels-{os.getuid()}"
+    assert Path(result.stdout.strip()).is_relative_to(spare)
+    assert spare.stat().st_mode & 0o777 == 0o700
+
+
 def test_the_portable_path_runs_everywhere() -> None:
     assert host_isas()[-1] == "portable"
 

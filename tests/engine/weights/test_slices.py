@@ -119,6 +119,15 @@ def test_what_a_crash_left_is_removed_by_the_next_load_of_any_model(model: Path)
     assert kept.exists()
 
 
+def test_what_is_no_slice_is_in_nobodys_way(model: Path) -> None:
+    kept = load(model).path
+    (kept.parent / "folder").mkdir()
+    assert [found.path for found in stored_slices()] == [kept]
+    sweep_incomplete()
+    assert kept.exists()
+    assert (kept.parent / "folder").is_dir()
+
+
 def test_a_second_server_waits_for_the_first_ones_load(model: Path, key: SliceKey) -> None:
     with GgufFile.open(model) as gguf:
         tensors = plan_dense(gguf)
