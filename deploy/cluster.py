@@ -136,8 +136,9 @@ def _init_ray() -> bool:
 
 def remove_stale_sessions() -> None:
     """Remove the session folders of Rays whose numoe was killed, and could not do it."""
+    in_use = {Path(raylet.folder) for raylet in find_raylets()}  # a Ray needs a while to end behind its numoe
     for folder in Path(PRIVATE_TEMP).iterdir():
-        if folder.name.isdecimal() and not psutil.pid_exists(int(folder.name)):
+        if folder.name.isdecimal() and folder not in in_use and not psutil.pid_exists(int(folder.name)):
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -15,11 +15,16 @@ PRIVATE_TEMP = f"{tempfile.gettempdir()}/numoe-ray-{os.getuid()}"
 
 @dataclass(frozen=True)
 class Raylet:
-    """A cluster's node on this host. private: a numoe started it for itself, and it goes when that one does."""
+    """A cluster's node on this host, and its session's folder."""
 
     pid: int
     gcs_address: str
-    private: bool
+    folder: str
+
+    @property
+    def private(self) -> bool:
+        """Whether a numoe started it for itself, so that it goes when that one does."""
+        return self.folder.startswith(PRIVATE_TEMP)
 
 
 def find_raylets() -> list[Raylet]:
@@ -29,7 +34,7 @@ def find_raylets() -> list[Raylet]:
         if process.info["name"] == "raylet":
             command = " ".join(process.info["cmdline"] or ())
             address = re.search(r"--gcs-address=(\S+)", command)
+            folder = re.search(r"--temp_dir=(\S+)", command)
             if address:
-                private = f"--temp_dir={PRIVATE_TEMP}" in command
-                found.append(Raylet(process.pid, address.group(1), private))
+                found.append(Raylet(process.pid, address.group(1), folder.group(1) if folder else ""))
     return found

@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 
 from numoe.deploy import cluster
+from numoe.deploy.raylets import Raylet
 
 
 def test_the_sessions_of_killed_servers_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
+    ended, ending = (subprocess.Popen([sys.executable, "-c", ""]) for _ in range(2))
+    for process in (ended, ending):
+        process.wait()
     monkeypatch.setattr(cluster, "PRIVATE_TEMP", str(tmp_path))
-    for name in (str(ended.pid), str(os.getpid()), "notes"):
+    monkeypatch.setattr(cluster, "find_raylets", lambda: [Raylet(1, "10.0.0.1:6379", str(tmp_path / str(ending.pid)))])
+    for name in (str(ended.pid), str(ending.pid), str(os.getpid()), "notes"):
         (tmp_path / name / "session_latest").mkdir(parents=True)
     cluster.remove_stale_sessions()
-    assert {folder.name for folder in tmp_path.iterdir()} == {str(os.getpid()), "notes"}
+    assert {folder.name for folder in tmp_path.iterdir()} == {str(ending.pid), str(os.getpid()), "notes"}

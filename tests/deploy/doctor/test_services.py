@@ -11,7 +11,7 @@ import pytest
 
 from numoe.deploy.doctor import services
 from numoe.deploy.doctor.services import check_cache, check_port, check_ray, check_store
-from numoe.deploy.raylets import Raylet
+from numoe.deploy.raylets import PRIVATE_TEMP, Raylet
 from tests.s3 import CannotStartError, S3Server
 
 
@@ -33,7 +33,7 @@ def test_no_cluster() -> None:
 
 
 def test_a_cluster_that_runs_is_joined_and_those_of_other_servers_are_not() -> None:
-    found = check_ray([Raylet(1, "10.0.0.1:7777", private=True), Raylet(2, "10.0.0.1:6379", private=False)])
+    found = check_ray([Raylet(1, "10.0.0.1:7777", f"{PRIVATE_TEMP}/9"), Raylet(2, "10.0.0.1:6379", "/tmp/ray")])
     assert (found.state, found.values["address"], found.values["own"]) == ("ok", "10.0.0.1:6379", 1)
 
 
@@ -44,7 +44,7 @@ def test_an_address_where_nobody_answers(monkeypatch: pytest.MonkeyPatch, listen
     found = check_ray([])
     assert (found.state, found.values["address"]) == ("error", "ray://127.0.0.1:1")
     monkeypatch.setenv("RAY_ADDRESS", "local")
-    assert "starts its own" in check_ray([Raylet(2, "10.0.0.1:6379", private=False)]).text
+    assert "starts its own" in check_ray([Raylet(2, "10.0.0.1:6379", "/tmp/ray")]).text
 
 
 def test_without_ray_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
