@@ -165,7 +165,8 @@ class PromptCache:
             used = (*used, tail.key)
             if tail.source is not None:
                 self._hits["pages"] += 1
-                self.pages.copy_page(tail.source, tail.page)
+                if tail.source != tail.page:
+                    self.pages.copy_page(tail.source, tail.page)
                 tail_came = True
             else:
                 tail_came = bring(tail.key, tail.page, tail.chunk_tokens)

@@ -123,6 +123,19 @@ class PageAllocator:
             if self._saves:
                 self._unsaved.add(page)
 
+    def withdraw(self, page: int) -> bool:
+        """Let a published page not be found any more, so that its one holder can add to it.
+
+        False, and no change, if others hold it too, it is to be saved, or it is read.
+        """
+        self._require_held([page], times=1)
+        if self._references[page] > 1 or page in self._unsaved or page in self._read:
+            return False
+        if (key := self._keys.pop(page, None)) is not None:
+            del self._pages_of[key]
+            self._partial.pop(key, None)
+        return True
+
     def tokens_of(self, key: bytes) -> int:
         """Tokens in the page that is published under `key`."""
         return self._partial.get(key, PAGE_TOKENS)
@@ -226,6 +239,11 @@ class PageTable:
             raise RuntimeError("a page table that has pages cannot adopt others")
         self.pages = self._allocator.adopt(keys)
         return self.capacity
+
+    def append(self, page: int) -> None:
+        """Go on with a page that is held, which gets one reference more."""
+        self._allocator.share([page])
+        self.pages.append(page)
 
     def publish(self, number: int, key: bytes, tokens: int = PAGE_TOKENS) -> None:
         """Let page number `number` be found under `key`, as `PageAllocator.publish`."""

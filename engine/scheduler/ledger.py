@@ -88,7 +88,8 @@ class Ledger:
     def _tail(self, sequence: Sequence, usable: int) -> Tail | None:
         """The chunk that agrees longest with the tokens behind those of the pages, its page allocated and held.
 
-        None where no page is free for a copy of it: then at most a page's tokens are computed again.
+        Where no page is free for a copy of it, the sequence goes on in the very page, if nobody else needs that;
+        else None: then at most a page's tokens are computed again.
         """
         keys, number = sequence.keys, len(sequence.table.pages)
         if keys is None or number * PAGE_TOKENS >= usable or self.allocator.n_available == 0:
@@ -108,8 +109,12 @@ class Ledger:
         try:
             sequence.table.ensure((number + 1) * PAGE_TOKENS)
         except ResourceError:
-            self.give_back([] if source is None else [source])
-            return None
+            if source is None:
+                return None
+            if not self.allocator.withdraw(source):
+                self.give_back([source])
+                return None
+            sequence.table.append(source)
         return Tail(key, len(found[key]), agreeing[key], source, sequence.table.pages[-1])
 
     def _begin_load(self, sequence: Sequence, load: Load) -> None:

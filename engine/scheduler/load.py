@@ -10,7 +10,8 @@ class Tail:
     """The beginning of a chunk, for a page of its own: the sequence goes on differently behind it.
 
     key: of the chunk, which holds `chunk_tokens` tokens; `tokens` of them are of use.
-    source: the page that holds the chunk now, or None if it has to be read.
+    source: the page that holds the chunk now, `page` itself where nothing need be copied, or None if it has to be
+    read.
     """
 
     key: bytes

@@ -40,16 +40,24 @@ _STATUS: Final[dict[int, type[NumoeError]]] = {
 _CURES: Final[dict[type[NumoeError], str]] = {
     NotFoundError: "check the name, and that the bucket or folder exists",
     MissingStoreError: "make the bucket, or check its name",
-    AccessError: "check the credentials (for s3://, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) and their permissions",
+    AccessError: "check the permissions",
     PreconditionError: "somebody else wrote it meanwhile: read it again",
     ResourceError: "make room, raise the limit, or use another store",
     InputError: "check the store's URL and options",
     UnsupportedError: "use a store that supports conditional puts",
     UnavailableError: "check that the store runs and can be reached; what it would have held is computed again",
 }
+_CREDENTIALS: Final = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS, the file of a service account's key",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+}
 _FULL: Final = re.compile(r"StorageFull|QuotaExceeded|InsufficientStorage|no space left", re.IGNORECASE)
 _NO_BUCKET: Final = re.compile(r"NoSuchBucket|ContainerNotFound|specified bucket does not exist")
-_NO_CREDENTIALS: Final = re.compile(r"169\.254\.169\.254|metadata\.google\.internal|credential", re.IGNORECASE)
+_NO_CREDENTIALS: Final = re.compile(
+    r"169\.254\.169\.254|metadata\.google\.internal|credential|account must be specified|invalid access key",
+    re.IGNORECASE,
+)
 
 
 def store_error(error: Exception, doing: str, url: str) -> NumoeError:
@@ -58,14 +66,24 @@ def store_error(error: Exception, doing: str, url: str) -> NumoeError:
     doing: such as "reading chunks/00/ab".
     """
     kind = _kind(error)
-    return kind(f"store {url}: {doing} failed: {_reason(error)}; {_CURES[kind]}")
+    cure, names = _CURES[kind], _credentials_of(url)
+    if kind is AccessError and names:
+        cure = f"check the credentials ({names}) and their permissions"
+    return kind(f"store {url}: {doing} failed: {_reason(error)}; {cure}")
 
 
 def timeout_error(doing: str, url: str, seconds: float) -> UnavailableError:
-    """No answer within the deadline."""
+    """No answer within the deadline; without credentials, a cloud's host is searched for them that may not be there."""
+    names = _credentials_of(url)
     return UnavailableError(
         f"store {url}: {doing} did not end within {seconds:g} s; {_CURES[UnavailableError]}, or give it more time"
+        + (f"; if no credentials are set, set them ({names})" if names else "")
     )
+
+
+def _credentials_of(url: str) -> str:
+    """The environment variables that hold the credentials for a store, "" for a folder."""
+    return _CREDENTIALS.get(url.partition("://")[0].lower(), "") if "://" in url else ""
 
 
 def _kind(error: Exception) -> type[NumoeError]:

@@ -240,7 +240,8 @@ class Caching:
             if self.cache is not None:
                 chunks, tail = self.cache.load(load)
             elif load.tail is not None and load.tail.source is not None:
-                self.pages.copy_page(load.tail.source, load.tail.page)
+                if load.tail.source != load.tail.page:
+                    self.pages.copy_page(load.tail.source, load.tail.page)
                 tail = True
         except Exception:  # the sequence goes on without it
             logger.exception("cached keys and values could not be used; they are computed again")

@@ -100,6 +100,26 @@ def test_integrity_check_finds_each_kind_of_damage():
         damaged(lambda a: a._free.pop()).check_integrity()
 
 
+def test_a_page_is_withdrawn_only_when_nobody_else_needs_it():
+    allocator = PageAllocator(2, saves=True)
+    pages = allocator.allocate(1)
+    allocator.publish(pages[0], b"key", 10)
+    assert not allocator.withdraw(pages[0]), "it is to be saved"
+    allocator.mark_saved(b"key")
+    allocator.share(pages)
+    assert not allocator.withdraw(pages[0]), "others hold it"
+    allocator.free(pages)
+    allocator.begin_read(b"key")
+    assert not allocator.withdraw(pages[0]), "it is read"
+    allocator.end_read(pages)
+    assert b"key" in allocator
+    assert allocator.withdraw(pages[0])
+    assert b"key" not in allocator
+    allocator.publish(pages[0], b"other")
+    assert allocator.tokens_of(b"other") == PAGE_TOKENS
+    allocator.check_integrity()
+
+
 @given(
     n_pages=st.integers(1, 8),
     calls=st.lists(st.tuples(st.sampled_from(["allocate", "share", "free"]), st.integers(0, 8)), max_size=40),

@@ -42,13 +42,14 @@ def test_only_the_common_beginning_is_shared() -> None:
     assert run(scheduler, "c", [-1, *range(1, LONG)]) == 0
 
 
-def test_what_was_generated_is_found_by_the_next_turn() -> None:
-    scheduler = make(slots=1, context=2 * PAGE_TOKENS)
+@pytest.mark.parametrize("n_pages", [2, 3])
+def test_what_was_generated_is_found_by_the_next_turn(n_pages: int) -> None:
+    scheduler = make(slots=1, context=2 * PAGE_TOKENS, n_pages=n_pages)  # with 2, none is free for a copy of the tail
     scheduler.submit(request("a", PAGE_TOKENS - 10, max_tokens=20))
     while scheduler.has_work:
         step(scheduler, token_id=5)
     scheduler.drain_events()
-    assert run(scheduler, "b", [*range(1000, 1000 + PAGE_TOKENS - 10), *[5] * 20, 6]) == PAGE_TOKENS
+    assert run(scheduler, "b", [*range(1000, 1000 + PAGE_TOKENS - 10), *[5] * 20, 6]) == PAGE_TOKENS + 9
 
 
 def test_requests_that_run_at_once_share_pages() -> None:

@@ -25,7 +25,7 @@ from numoe.engine.errors import (
     UnsupportedError,
 )
 from numoe.engine.store import Store, open_store
-from numoe.engine.store.failures import MissingStoreError, store_error
+from numoe.engine.store.failures import MissingStoreError, store_error, timeout_error
 from tests.s3 import S3Server
 
 CAPTURED = {"capture_output": True, "text": True}
@@ -83,6 +83,31 @@ def test_missing_credentials_are_called_so(monkeypatch: pytest.MonkeyPatch) -> N
             monkeypatch.delenv(name)
     with pytest.raises(AccessError, match="no credentials; set AWS_ACCESS_KEY_ID"):
         open_store("s3://b/p", endpoint="http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    ("url", "environment", "cure"),
+    [
+        ("gs://b/p", {"GOOGLE_APPLICATION_CREDENTIALS": "/there/is/none"}, "GOOGLE_APPLICATION_CREDENTIALS"),
+        ("gs://b/p", {"GOOGLE_SERVICE_ACCOUNT_KEY": "{}"}, "GOOGLE_APPLICATION_CREDENTIALS"),
+        ("az://c/p", {}, "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY"),
+        ("az://c/p", {"AZURE_STORAGE_ACCOUNT_NAME": "a", "AZURE_STORAGE_ACCOUNT_KEY": "!"}, "AZURE_STORAGE"),
+    ],
+)
+def test_every_cloud_says_which_credentials_it_wants(
+    monkeypatch: pytest.MonkeyPatch, url: str, environment: dict[str, str], cure: str
+) -> None:
+    for name in [name for name in os.environ if name.startswith(("AZURE_", "GOOGLE_"))]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(AccessError, match=f"check the credentials .*{cure}"):
+        open_store(url)
+
+
+def test_a_cloud_that_is_silent_may_have_been_asked_for_credentials() -> None:
+    assert "AZURE_STORAGE_ACCOUNT_KEY" in str(timeout_error("checking it", "az://c/p", 10))
+    assert "credentials" not in str(timeout_error("checking it", "/a/folder", 10))
 
 
 def test_the_environment_says_where_and_who(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,6 +289,8 @@ GENERIC = "Generic S3 error: Error performing PUT http://h/b in 1ms - Server ret
         (Exception(GENERIC + "501 Not Implemented: "), UnsupportedError),
         (Exception(GENERIC + "503 Slow Down: "), UnavailableError),
         (Exception("Generic S3 error: Error performing PUT http://169.254.169.254/latest/api/token"), AccessError),
+        (Exception("Generic MicrosoftAzure error: Account must be specified"), AccessError),
+        (Exception("Generic MicrosoftAzure error: Invalid Access Key: Invalid symbol 33, offset 9."), AccessError),
     ],
 )
 def test_every_failure_has_its_error_and_a_cure(error: Exception, kind: type[NumoeError]) -> None:

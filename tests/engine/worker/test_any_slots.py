@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from numoe.engine.errors import DataLossError, NotFoundError, PreconditionError
-from numoe.engine.kv.pages import PAGE_TOKENS, pages_for
 from numoe.engine.scheduler.conversation import Conversation
 from numoe.engine.store import open_store
 from tests.engine.worker.served import CONTEXT, Served, Slow, served
@@ -99,18 +98,14 @@ class AnySlots(RuleBasedStateMachine):
 
     @rule(slot=SLOT, more=st.sampled_from([0, 1, 3, 250]), named=st.booleans())
     def go_on(self, slot: int, more: int, named: bool) -> None:
-        """With a slot's conversation: nothing of it is computed again.
-
-        But for its tail, less than a page, where the conversation fills all pages: none is free for a copy.
-        """
+        """With a slot's conversation: nothing of it is computed again."""
         held = self.held(slot)
         if held is None or len(held.tokens) + more + ANSWER > CONTEXT:
             return
         text = [*held.tokens.tolist(), *prompt(9, more)]
         cached, answer = self.server.ask(text, ANSWER, slot=slot if named else None, cache_salt=held.salt)
         assert answer == expected(text)
-        there, pages = min(held.computed, len(text) - 1), pages_for(held.computed)
-        assert self.lossy or cached >= (there if pages < self.n_pages else there // PAGE_TOKENS * PAGE_TOKENS)
+        assert self.lossy or cached >= min(held.computed, len(text) - 1)
 
     @rule(slot=SLOT, at=st.integers(1, 600), number=st.integers(0, 2))
     def go_another_way(self, slot: int, at: int, number: int) -> None:
