@@ -21,7 +21,7 @@ from numoe.engine.gguf import TensorInfo
 _CUT_ROWS: Final = 32
 """Slices are cut between so many rows, where they are."""
 _UNIT_BYTES: Final = 1 << 19
-"""Of the largest unit: blake3 is twice as fast on as many bytes as on 32 rows."""
+"""Of the largest unit: blake3 is faster on more bytes at once."""
 CONTENT = np.dtype([("tensor", "u1", 32), ("units", "<u8"), ("lanes", "<u2", 1024)])
 """A row of the table of contents: the blake3 of a tensor's name, and the sum of some of its units."""
 
