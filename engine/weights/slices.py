@@ -75,7 +75,8 @@ class WeightSlice:
         try:
             descriptor = os.open(path, os.O_RDWR)
         except OSError as error:
-            raise UnavailableError(f"weights {path} cannot be mapped: {error.strerror}") from None
+            where = f"{path} -> {path.readlink()}" if path.is_symlink() else str(path)
+            raise UnavailableError(f"weights {where} cannot be mapped: {error.strerror}") from None
         with _closed_on_error(descriptor):
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             header = complete_header(descriptor)
