@@ -52,16 +52,12 @@ def weights_root() -> Path:
     own, shared = SHM / f"numoe-weights-{os.getuid()}", SHM / "numoe"
     if own.exists():
         return own
-    return shared if is_private(shared) or not os.path.lexists(shared) else own
-
-
-def is_private(folder: Path) -> bool:
-    """Whether it is a folder that this user owns and nobody else may enter."""
     try:
-        status = folder.lstat()
+        found = shared.lstat()  # once: another shard may be making it just now
     except OSError:
-        return False
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
+        return shared
+    is_private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+    return shared if is_private else own
 
 
 def choose_medium(nbytes: int, nodes: Sequence[int] = ()) -> Medium:

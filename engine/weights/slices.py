@@ -138,7 +138,7 @@ def open_slice(
     """
     path, may_be_huge = key.path, True
     while True:
-        descriptor, medium = _open_or_create(key, file_bytes(nbytes, pieces, tensors), may_be_huge=may_be_huge)
+        descriptor, medium = _open_or_create(key, path, file_bytes(nbytes, pieces, tensors), may_be_huge=may_be_huge)
         if medium is not None:
             try:
                 return _reserved(path, descriptor, medium, nbytes, key.nodes, threads, on_thread)
@@ -185,9 +185,8 @@ def _closed_on_error(descriptor: int) -> Iterator[None]:
         raise
 
 
-def _open_or_create(key: SliceKey, nbytes: int, *, may_be_huge: bool) -> tuple[int, Medium | None]:
+def _open_or_create(key: SliceKey, path: Path, nbytes: int, *, may_be_huge: bool) -> tuple[int, Medium | None]:
     """A descriptor of the slice's file: of an existing one, or of a new one with its medium, locked exclusively."""
-    path = key.path
     with locked_folder(path.parent, create=True):
         if os.path.lexists(path):
             if not is_unused_and_incomplete(path):

@@ -81,6 +81,20 @@ def test_what_another_user_owns_is_not_entered(shm_root: Path) -> None:
     assert media.weights_root() == shm_root / f"numoe-weights-{os.getuid()}"
 
 
+def test_shards_that_come_at_once_agree_where_weights_lie(shm_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one makes the folder just after this one has not found it."""
+    look, shared = Path.lstat, shm_root / "numoe"
+
+    def look_too_early(path: Path) -> os.stat_result:
+        if path == shared and not shared.exists():
+            shared.mkdir(mode=0o700)
+            raise FileNotFoundError(path)
+        return look(path)
+
+    monkeypatch.setattr(Path, "lstat", look_too_early)
+    assert [media.weights_root() for _ in range(2)] == [shared, shared]
+
+
 def crashed_load(key: SliceKey, shm_root: Path) -> None:
     """A process that is killed while it loads."""
     script = (
