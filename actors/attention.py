@@ -71,6 +71,7 @@ class AttentionActor:
             shared=None if plan.gpu else SharedWeights(folder, plan.dense_slice, CachedPages.load(folder)),
             gpu_layers=plan.gpu_layers,
             cpus=plan.attention.cpus,
+            nodes=plan.attention.memory,
             **({"shard_bound_s": _GPU_SHARD_BOUND_S} if plan.gpu else {}),
         )
         self._progress = Progress(plan.dense_bytes + plan.gpu_expert_bytes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import mmap
 import os
@@ -16,15 +15,13 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from numoe.engine.advice import COLLAPSE, PART_BYTES, POPULATE_WRITE, advise
 from numoe.engine.errors import ResourceError
 from numoe.engine.numa import PAGE_BYTES, bind_memory
 from numoe.engine.weights.mapping import HUGE_BYTES
 from numoe.engine.weights.media import Medium
 
-_POPULATE_WRITE: Final = 23
-_COLLAPSE: Final = 25
-_PART_BYTES: Final = 64 << 20
-_PART_BLOCKS: Final = _PART_BYTES // HUGE_BYTES
+_PART_BLOCKS: Final = PART_BYTES // HUGE_BYTES
 _NO_ROOM: Final = (errno.ENOMEM, errno.EFAULT, errno.ENOSPC)
 
 
@@ -40,13 +37,13 @@ def reserve(
     """
     nbytes, address = len(file), file.ctypes.data
     if medium.kind == "transparent":
-        _advise(address, nbytes, mmap.MADV_HUGEPAGE)
+        advise(address, nbytes, mmap.MADV_HUGEPAGE)
     with ThreadPoolExecutor(threads, thread_name_prefix="numoe-reserve", initializer=on_thread) as pool:
         if medium.kind != "hugetlbfs" and _collapse(address, nbytes, nodes, pool):
             medium = replace(medium, kind="transparent")
         _bind(address, nbytes, nodes)
-        parts = range(0, nbytes, _PART_BYTES)
-        codes = pool.map(lambda at: _advise(address + at, min(_PART_BYTES, nbytes - at), _POPULATE_WRITE), parts)
+        parts = range(0, nbytes, PART_BYTES)
+        codes = pool.map(lambda at: advise(address + at, min(PART_BYTES, nbytes - at), POPULATE_WRITE), parts)
         code = next((code for code in codes if code), 0)
     if code == errno.EINVAL:  # before Linux 5.14
         code = _allocate(descriptor, nbytes)
@@ -76,20 +73,11 @@ def _collapse(address: int, nbytes: int, nodes: tuple[int, ...], pool: Executor)
 
 def _collapse_blocks(blocks: range) -> bool:
     """Touch a page of each block, to have it on its node; the kernel adds the others and makes them one."""
-    if any(_advise(block, PAGE_BYTES, _POPULATE_WRITE) for block in blocks):
+    if any(advise(block, PAGE_BYTES, POPULATE_WRITE) for block in blocks):
         return False
     if blocks.step == HUGE_BYTES:
-        return _advise(blocks[0], len(blocks) * HUGE_BYTES, _COLLAPSE) == 0
-    return not any(_advise(block, HUGE_BYTES, _COLLAPSE) for block in blocks)
-
-
-def _advise(address: int, nbytes: int, advice: int) -> int:
-    """Call madvise; 0 or the error's number. Where there is no memory it is an error, not a bus error."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    while libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), advice):
-        if (code := ctypes.get_errno()) != errno.EINTR and (code != errno.EAGAIN or advice == _COLLAPSE):
-            return code
-    return 0
+        return advise(blocks[0], len(blocks) * HUGE_BYTES, COLLAPSE) == 0
+    return not any(advise(block, HUGE_BYTES, COLLAPSE) for block in blocks)
 
 
 def _allocate(descriptor: int, nbytes: int) -> int:

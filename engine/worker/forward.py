@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as QuantType
 
+from numoe.engine.advice import touch_beside
 from numoe.engine.cpu import attention, dense
 from numoe.engine.cpu.memory import address, align, aligned_bytes, aligned_copy, record
 from numoe.engine.cpu.products import product_kernel
@@ -65,8 +66,9 @@ class CpuForward:
         self, config: ModelConfig, gguf: GgufFile, mailbox: Mailbox | None, options: ForwardOptions, progress: Progress
     ) -> None:
         self.config, self.options, self._mailbox = config, options, mailbox
-        self.weights = DenseWeights(gguf, options, progress)
         self.pool = KvPool(config, options.n_pages, options.kv_type)
+        touch_beside(self.pool.data, "the KV cache (--ctx-size, --parallel)", options.nodes)
+        self.weights = DenseWeights(gguf, options, progress)
         self.pages = CpuPages(config, self.pool)
         self._step = record([0] * STEP_FIELDS)
         if mailbox is not None:

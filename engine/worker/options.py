@@ -37,7 +37,7 @@ class ForwardOptions:
     shard_bound_s: how long a shard may show no sign of life. kv_type: of the KV cache. shared: where a CPU's
     weights lie, None for memory of the process. gpu_layers: of the layers with routed experts that many, the
     first ones, have them on the GPU. cpus: of the team's threads, one each, none to leave them where the
-    system puts them.
+    system puts them. nodes: from which a CPU's KV pages come in turn, none for anywhere.
     """
 
     max_rows: int
@@ -51,6 +51,7 @@ class ForwardOptions:
     shared: SharedWeights | None = None
     gpu_layers: int = 0
     cpus: tuple[int, ...] = ()
+    nodes: tuple[int, ...] = ()
 
 
 def nothing() -> None:
