@@ -233,15 +233,20 @@ def _tiers(plan: Plan, gguf: GgufFile, folder: Path) -> dict[str, Any]:
     if not (cache.store_url or cache.cache_ram_bytes or cache.prompt_cache_file):
         return {}
     from numoe.engine.cache import RamTier, StoreTier
+    from numoe.engine.cpu.isa import choose_isa
     from numoe.engine.store import open_store
+    from numoe.engine.store.chunks import rounding_of
     from numoe.engine.store.fingerprint import ModelFingerprint
     from numoe.engine.store.manifest import Origin
     from numoe.engine.store.portable import kv_type_name
     from numoe.engine.weights import linked_contents
 
+    rounding = rounding_of(
+        f"gpu {plan.gpu.capability}" if plan.gpu else choose_isa(), len(plan.shards), plan.gpu_layers
+    )
     read = linked_contents(folder, gguf.tensors)
     fingerprint = ModelFingerprint.from_gguf(gguf, read=read, threads=plan.attention_threads)
-    tiers: dict[str, Any] = {"origin": Origin.of(fingerprint, kv_type_name(plan.kv_type))}
+    tiers: dict[str, Any] = {"origin": Origin.of(fingerprint, kv_type_name(plan.kv_type)), "rounding": rounding}
     if cache.cache_ram_bytes:
         tiers["ram"] = RamTier(cache.cache_ram_bytes)
     if cache.store_url:

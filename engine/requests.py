@@ -54,6 +54,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     slot_deadline: `time.time()` until which to wait while others use that slot; None: not at all.
     generated:   the first tokens of the answer, where a worker that died has made them: the next one goes
                  on behind them as if nothing had happened, and only what follows is told.
+    foreign:     of a request that goes on: see `Started.foreign`. It takes only these from where sums are rounded
+                 otherwise, for what it says must not change; None takes any.
     """
 
     request_id: str
@@ -68,6 +70,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     slot: int | None = None
     slot_deadline: float | None = None
     generated: tuple[int, ...] = ()
+    foreign: tuple[int, ...] | None = None
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,11 +89,15 @@ class TokenLogprob(msgspec.Struct, frozen=True):
 
 
 class Started(msgspec.Struct, frozen=True, tag=True):
-    """The request has a slot; `cached_tokens` of its prompt need no prefill."""
+    """The request has a slot; `cached_tokens` of its prompt need no prefill.
+
+    foreign: the numbers of the cached chunks that were computed where sums are rounded otherwise than here.
+    """
 
     request_id: str
     prompt_tokens: int
     cached_tokens: int
+    foreign: tuple[int, ...] = ()
 
 
 class PrefillProgress(msgspec.Struct, frozen=True, tag=True):

@@ -50,6 +50,7 @@ class RequestStream:
         self._request: GenerationRequest | None = None
         self._generated: list[int] = []
         self._started = self._finished = False
+        self._foreign: tuple[int, ...] | None = None
         self._fruitless = 0
 
     def submitted(self, request: GenerationRequest) -> None:
@@ -76,6 +77,7 @@ class RequestStream:
         self._request = msgspec.structs.replace(
             request,
             generated=tuple(self._generated),
+            foreign=self._foreign,
             slot_deadline=math.inf if has_slot else request.slot_deadline,
         )
         return self._request
@@ -86,7 +88,8 @@ class RequestStream:
             return
         if isinstance(event, TokenGenerated):
             self._generated.append(event.token_id)
-        self._started = self._started or isinstance(event, Started)
+        if isinstance(event, Started) and not self._started:
+            self._started, self._foreign = True, event.foreign
         self._finished = self._finished or isinstance(event, Finished)
         if isinstance(event, _PROGRESS) and self._events and type(self._events[-1]) is type(event):
             self._events.pop()  # only the latest progress is of interest

@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from numoe.engine.cache.health import OUTAGES
 from numoe.engine.cache.lineage import Lineage
@@ -19,7 +19,7 @@ from numoe.engine.cache.store_tier import StoreTier
 from numoe.engine.errors import DataLossError, NotFoundError, NumoeError, PreconditionError, UnavailableError
 from numoe.engine.kv.pages import PAGE_TOKENS
 from numoe.engine.requests import CacheStatus
-from numoe.engine.store.chunks import build_chunk, decode_chunk
+from numoe.engine.store.chunks import UNKNOWN_KEY, UNKNOWN_ROUNDING, Provenance, build_chunk, decode_chunk
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -29,8 +29,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _LOOKS_S: Final = 1.0  # between two looks whether the store is back
-Layers = tuple[list[memoryview], int]
-"""The layers of a chunk, and the bytes read from the store for them."""
+
+
+class Layers(NamedTuple):
+    """What a chunk holds, and the bytes read from the store for it.
+
+    foreign: its sums were rounded otherwise than they are here (`Provenance.rounding`).
+    """
+
+    layers: list[memoryview]
+    moved: int
+    foreign: bool = False
+
+
+class Loaded(NamedTuple):
+    """How many of a load's chunks came, from the first on, whether the tail did, and the keys of the foreign ones."""
+
+    chunks: int = 0
+    tail: bool = False
+    foreign: frozenset[bytes] = frozenset()
 
 
 class PageBroker(Protocol):
@@ -52,15 +69,17 @@ class PageBroker(Protocol):
 class PromptCache:
     """Host memory, and behind it the store, None without one; every method may be called from any thread.
 
-    readers, writers: threads that read chunks, and that write those that somebody waits for. Two more
-    work in the background: one copies published pages to host memory, one writes what is there to the
-    store. Neither holds up a step: what finds no room is dropped and counted, unless a slot needs it.
+    readers, writers: threads that read chunks, and that write those that somebody waits for. rounding: how sums
+    are rounded here (`Provenance`). Two more threads work in the background: one copies published pages to host
+    memory, one writes what is there to the store. Neither holds up a step: what finds no room is dropped and
+    counted, unless a slot needs it.
     """
 
     def __init__(
         self, pages: PagePort, broker: PageBroker, readers: Executor, writers: Executor, ram: RamTier,
-        tier: StoreTier | None,
+        tier: StoreTier | None, rounding: bytes = UNKNOWN_ROUNDING,
     ) -> None:  # fmt: skip
+        self._rounding = rounding
         self.pages, self.readers, self.writers, self.ram, self.tier = pages, readers, writers, ram, tier
         self._broker = broker
         self._lineage = Lineage()
@@ -115,7 +134,7 @@ class PromptCache:
         shape = self.pages.shape(tokens)
         if (data := self.ram.get(key)) is not None:
             self._hits["ram"] += 1
-            return decode_chunk(data, key, shape), 0
+            return Layers(decode_chunk(data, key, shape), 0, self._is_foreign(data))
         if self.tier is None:
             raise NotFoundError(f"KV chunk {key.hex()} is in no cache; it is computed again")
         if not patient and self.tier.reading.seconds_to_wait:
@@ -132,7 +151,11 @@ class PromptCache:
                 raise
         self._hits["store"] += 1
         self._keep(key, data, waits=False)
-        return layers, data.nbytes
+        return Layers(layers, data.nbytes, self._is_foreign(data))
+
+    def _is_foreign(self, data: Buffer) -> bool:
+        found = Provenance.peek(data)
+        return found is not None and found.rounding != self._rounding
 
     def _keep(self, key: bytes, data: Buffer, *, waits: bool) -> bool:
         """Put a chunk into host memory, older than those in front of it; whether there was room."""
@@ -140,15 +163,19 @@ class PromptCache:
         self.ram.touch(self._lineage.chain(key))
         return kept
 
-    def load(self, load: Load) -> tuple[int, bool]:
-        """Bring what a load names into its pages: how many of its chunks came, and whether the tail did."""
-        failed = threading.Event()
+    def load(self, load: Load) -> Loaded:
+        """Bring what a load names into its pages."""
+        failed, foreign = threading.Event(), set[bytes]()
 
         def bring(key: bytes, page: int, tokens: int) -> bool:
             if load.cancelled or failed.is_set():
                 return False
             try:
-                self.pages.import_page(page, self.read(key, tokens, patient=False)[0], tokens)
+                found = self.read(key, tokens, patient=False)
+                if found.foreign:
+                    load.check_takes(key)
+                    foreign.add(key)
+                self.pages.import_page(page, found.layers, tokens)
             except Exception as error:  # all must have ended when this returns: they write to pages
                 level = logging.INFO if isinstance(error, NumoeError) else logging.ERROR
                 logger.log(level, "chunk %s is computed again: %s", key.hex(), error, exc_info=level == logging.ERROR)
@@ -171,7 +198,7 @@ class PromptCache:
             else:
                 tail_came = bring(tail.key, tail.page, tail.chunk_tokens)
         self.use(used)  # reading has counted the beginning as used first
-        return done, tail_came
+        return Loaded(done, tail_came, frozenset(foreign))
 
     # --- saving -----------------------------------------------------------------------------------
 
@@ -198,9 +225,15 @@ class PromptCache:
             return None
         page, tokens = lent
         try:
-            return build_chunk(key, self.pages.shape(tokens), lambda out: self.pages.export_page(page, tokens, out))
+            return build_chunk(
+                key, self.pages.shape(tokens), lambda out: self.pages.export_page(page, tokens, out),
+                self._provenance(key),
+            )  # fmt: skip
         finally:
             self._broker.give_back(page)
+
+    def _provenance(self, key: bytes) -> Provenance:
+        return Provenance(self._lineage.before(key) or UNKNOWN_KEY, self._rounding)
 
     def store_now(self, key: bytes, nbytes: int) -> int | None:
         """Write a chunk of `nbytes` bytes to the store unless it is there.

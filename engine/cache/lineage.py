@@ -26,6 +26,10 @@ class Lineage:
             while len(self._before) > _REMEMBERED:
                 self._before.popitem(last=False)
 
+    def before(self, key: bytes) -> bytes | None:
+        """The chunk in front of one, None for a first one, and where that is not remembered."""
+        return self._before.get(key)
+
     def chain(self, key: bytes) -> list[bytes]:
         """A prompt's chunks from the first that is remembered to `key`."""
         chain: list[bytes] = []

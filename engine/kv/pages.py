@@ -40,6 +40,7 @@ class PageAllocator:
         self._partial: dict[bytes, int] = {}  # tokens of published pages that are not full
         self._saves = saves
         self._unsaved: set[int] = set()
+        self._foreign: set[int] = set()
         self._read: Counter[int] = Counter()
 
     @property
@@ -98,10 +99,15 @@ class PageAllocator:
 
     def _evict(self) -> int:
         page = next(page for page in self._idle if page not in self._unsaved and page not in self._read)
-        key = self._keys.pop(page)
-        del self._idle[page], self._pages_of[key]
-        self._partial.pop(key, None)
+        del self._idle[page]
+        self._unpublish(page)
         return page
+
+    def _unpublish(self, page: int) -> None:
+        if (key := self._keys.pop(page, None)) is not None:
+            del self._pages_of[key]
+            self._partial.pop(key, None)
+            self._foreign.discard(page)
 
     def share(self, pages: Iterable[int]) -> None:
         """Add a reference to each of `pages`, which somebody holds already."""
@@ -110,16 +116,18 @@ class PageAllocator:
         for page in pages:
             self._references[page] += 1
 
-    def publish(self, page: int, key: bytes, tokens: int = PAGE_TOKENS) -> None:
+    def publish(self, page: int, key: bytes, tokens: int = PAGE_TOKENS, *, foreign: bool = False) -> None:
         """Let a held page, to which nothing is added any more, be found under `key`.
 
-        tokens: that it holds. Where another page has that key, this one stays unknown.
+        tokens: that it holds. foreign: see `is_foreign`. Where another page has that key, this one stays unknown.
         """
         self._require_held([page], times=1)
         if key not in self._pages_of and page not in self._keys:
             self._pages_of[key], self._keys[page] = page, key
             if tokens < PAGE_TOKENS:
                 self._partial[key] = tokens
+            if foreign:
+                self._foreign.add(page)
             if self._saves:
                 self._unsaved.add(page)
 
@@ -131,10 +139,12 @@ class PageAllocator:
         self._require_held([page], times=1)
         if self._references[page] > 1 or page in self._unsaved or page in self._read:
             return False
-        if (key := self._keys.pop(page, None)) is not None:
-            del self._pages_of[key]
-            self._partial.pop(key, None)
+        self._unpublish(page)
         return True
+
+    def is_foreign(self, key: bytes) -> bool:
+        """Whether what is published under `key` was computed where sums are rounded otherwise than here."""
+        return self._pages_of.get(key) in self._foreign
 
     def tokens_of(self, key: bytes) -> int:
         """Tokens in the page that is published under `key`."""
@@ -245,9 +255,9 @@ class PageTable:
         self._allocator.share([page])
         self.pages.append(page)
 
-    def publish(self, number: int, key: bytes, tokens: int = PAGE_TOKENS) -> None:
+    def publish(self, number: int, key: bytes, tokens: int = PAGE_TOKENS, *, foreign: bool = False) -> None:
         """Let page number `number` be found under `key`, as `PageAllocator.publish`."""
-        self._allocator.publish(self.pages[number], key, tokens)
+        self._allocator.publish(self.pages[number], key, tokens, foreign=foreign)
 
     def release(self) -> None:
         """Give all pages back; the table is empty afterwards."""

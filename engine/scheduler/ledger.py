@@ -66,15 +66,21 @@ class Ledger:
             return
         usable = len(sequence.tokens) - 1
         keys = sequence.keys.of(sequence.tokens, usable // PAGE_TOKENS)
+        foreign = [number for number, key in enumerate(keys) if self.allocator.is_foreign(key)]
+        keys = keys[: next((number for number in foreign if not sequence.takes(number)), len(keys))]
         sequence.computed = sequence.table.adopt(keys)
         first = len(sequence.table.pages)
+        if not sequence.has_begun:
+            sequence.foreign = {number for number in foreign if number < first}
         wanted = keys[first : max(first, sequence.loadable or 0)]
         taken = wanted[: self.allocator.n_available]
         sequence.table.ensure((first + len(taken)) * PAGE_TOKENS)
         tail = self._tail(sequence, usable) if len(taken) == len(wanted) else None
         if taken or tail is not None:
             pages = sequence.table.pages[first : first + len(taken)]
-            self._begin_load(sequence, Load(tuple(keys[:first]), tuple(taken), tuple(pages), tail))
+            coming = enumerate([*taken, *([tail.key] if tail is not None else [])], first)
+            own = frozenset(key for number, key in coming if not sequence.takes(number))
+            self._begin_load(sequence, Load(tuple(keys[:first]), tuple(taken), tuple(pages), tail, own))
 
     def pages_come(self, sequence: Sequence) -> bool:
         """Whether more of what is cached of a sequence can be loaded when pages that are saved come free."""
@@ -100,6 +106,8 @@ class Ledger:
         for held in self._slots.conversations:
             if held is not None and held.computed > number * PAGE_TOKENS and held.key_before(number) == before:
                 found[held.all_keys[number]] = held.chunk(number)
+        if not sequence.takes(number):
+            found = {key: tokens for key, tokens in found.items() if not self.allocator.is_foreign(key)}
         agreeing = {key: _common(rest, tokens) for key, tokens in found.items()}
         # What is in a page already goes before what agrees as long and has to be read.
         key = max(agreeing, key=lambda key: (agreeing[key], key in self.allocator), default=None)
@@ -115,6 +123,8 @@ class Ledger:
                 self.give_back([source])
                 return None
             sequence.table.append(source)
+        if not sequence.has_begun and self.allocator.is_foreign(key):
+            sequence.foreign.add(number)
         return Tail(key, len(found[key]), agreeing[key], source, sequence.table.pages[-1])
 
     def _begin_load(self, sequence: Sequence, load: Load) -> None:
@@ -125,17 +135,26 @@ class Ledger:
         self._loading[load] = sequence
         self._loads.append(load)
 
-    def loaded(self, load: Load, chunks: int, *, tail: bool) -> Sequence | None:
-        """Take in the first `chunks` of a load's chunks, and perhaps the tail; the sequence, unless it is gone."""
+    def loaded(
+        self, load: Load, chunks: int, *, tail: bool, foreign: frozenset[bytes] = frozenset()
+    ) -> Sequence | None:
+        """Take in the first `chunks` of a load's chunks, and perhaps the tail; the sequence, unless it is gone.
+
+        foreign: the keys of those that were computed where sums are rounded otherwise.
+        """
         sequence = self._loading.pop(load)
         if not load.cancelled:
             sequence.load = None
             for number in range(chunks):
-                sequence.table.publish(load.first + number, load.keys[number])
-                self.allocator.mark_saved(load.keys[number])
+                key = load.keys[number]
+                sequence.table.publish(load.first + number, key, foreign=key in foreign)
+                self.allocator.mark_saved(key)
             sequence.computed = (load.first + chunks) * PAGE_TOKENS
             if tail and load.tail is not None and chunks == len(load.keys):
                 sequence.computed += load.tail.tokens
+            if not sequence.has_begun:
+                coming = enumerate([*load.keys[:chunks], *([load.tail.key] if load.tail else [])], load.first)
+                sequence.foreign |= {number for number, key in coming if key in foreign}
         self.give_back(load.held)
         return None if load.cancelled else sequence
 
@@ -164,7 +183,10 @@ class Ledger:
             named=request.slot is not None or bool(held and held.named),
         )  # fmt: skip
         if kept.tail is not None:
-            sequence.table.publish(len(kept.keys), kept.tail, kept.computed % PAGE_TOKENS)
+            number = len(kept.keys)
+            sequence.table.publish(
+                number, kept.tail, kept.computed % PAGE_TOKENS, foreign=number in sequence.foreign
+            )
         if held is not None:  # this one goes on from there
             self._tails.remove(held)
         kept = dataclasses.replace(kept, stored=(*(held.stored if held else ()), *self._away.take(kept)))
@@ -299,9 +321,9 @@ class Ledger:
         self._borrowed.update(fresh)
         return [(key, fresh.pop(), False) if page is None else (key, page, True) for key, page in pages]
 
-    def publish_spare(self, key: bytes, page: int, tokens: int, *, saved: bool) -> None:
+    def publish_spare(self, key: bytes, page: int, tokens: int, *, saved: bool, foreign: bool) -> None:
         """What was read into a borrowed page can be found now; saved: it is in the prompt cache, too."""
-        self.allocator.publish(page, key, tokens)
+        self.allocator.publish(page, key, tokens, foreign=foreign)
         if saved:
             self.allocator.mark_saved(key)
 

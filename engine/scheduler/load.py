@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from numoe.engine.errors import NotFoundError
+
 
 @dataclass(frozen=True)
 class Tail:
@@ -25,7 +27,8 @@ class Tail:
 class Load:
     """What to bring into pages before a sequence runs: full chunks, then a tail.
 
-    before: the chunks in front of them, which are in pages already.
+    before: the chunks in front of them, which are in pages already. own: of the others those that must have been
+    computed as here, as the sequence did so before: else they are computed again.
     All pages have a reference of the load's own, so that nobody else gets them while it is under
     way. `cancelled` when the sequence has ended or lost its slot: stop, and report as always.
     """
@@ -34,7 +37,13 @@ class Load:
     keys: tuple[bytes, ...]
     pages: tuple[int, ...]
     tail: Tail | None
+    own: frozenset[bytes] = frozenset()
     cancelled: bool = False
+
+    def check_takes(self, key: bytes) -> None:
+        """Raise NotFoundError for a chunk from where sums are rounded otherwise if it must not be one."""
+        if key in self.own:
+            raise NotFoundError("what the prompt cache has was computed where sums are rounded otherwise")
 
     @property
     def first(self) -> int:

@@ -316,15 +316,19 @@ class Scheduler:
         if sequence.load is None:
             self._announce(sequence)
 
-    def loaded(self, load: Load, chunks: int, *, tail: bool) -> None:
-        """Answer to a load: the first `chunks` of its chunks are in their pages, and perhaps the tail."""
-        if (sequence := self.ledger.loaded(load, chunks, tail=tail)) is not None:
+    def loaded(self, load: Load, chunks: int, *, tail: bool, foreign: frozenset[bytes] = frozenset()) -> None:
+        """Answer to a load: the first `chunks` of its chunks are in their pages, and perhaps the tail.
+
+        foreign: the keys of those that were computed where sums are rounded otherwise.
+        """
+        if (sequence := self.ledger.loaded(load, chunks, tail=tail, foreign=foreign)) is not None:
             self._announce(sequence)
 
     def _announce(self, sequence: Sequence) -> None:
         if not sequence.announced:
             sequence.announced = True
-            self._events.append(Started(sequence.request.request_id, sequence.prompt_tokens, sequence.computed))
+            foreign, request = tuple(sorted(sequence.foreign)), sequence.request
+            self._events.append(Started(request.request_id, sequence.prompt_tokens, sequence.computed, foreign))
 
     def _make_room(self, sequence: Sequence, tokens: int) -> bool:
         """Pages for `tokens` tokens of a running sequence, taken from younger ones if need be.

@@ -21,6 +21,8 @@ class Sequence:
     keys:     of its full pages, None if it neither uses nor leaves cached pages.
     loadable: chunks from the first on that the prompt cache is known to have; None while that is
               being found out, since `asked`. load: chunks on their way into its pages.
+    foreign:  the numbers of its chunks that were computed where sums are rounded otherwise. When it has begun it
+              takes no others of them any more, whatever happens to its pages: it would go on with other words.
     slot:     None while it waits. announced: whether its start was told. Times are
               the scheduler's clock, seconds; None before they happen.
     """
@@ -37,6 +39,7 @@ class Sequence:
     loadable: int | None = 0
     asked: float = 0.0
     load: Load | None = None
+    foreign: set[int] = field(default_factory=set)
     slot: int | None = None
     announced: bool = False
     admitted: float | None = None
@@ -44,11 +47,21 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.token_ids)
+        self.foreign = set(self.request.foreign or ())
 
     @property
     def prompt_tokens(self) -> int:
         """Tokens of the prompt."""
         return len(self.request.token_ids)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has computed something, here or with a worker that died."""
+        return self.announced or self.request.foreign is not None
+
+    def takes(self, number: int) -> bool:
+        """Whether it takes a chunk that was computed where sums are rounded otherwise."""
+        return not self.has_begun or number in self.foreign
 
     @property
     def pending(self) -> int:

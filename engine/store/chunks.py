@@ -1,12 +1,13 @@
 r"""The object of a chunk: keys and values of up to 256 tokens in all layers, with checksums.
 
     magic "numoeKV\n", version u32, header bytes u32, tokens u32, layers u32, bytes of a layer u64
-    key [32], KV type [32] padded with zeros
+    key [32], KV type [32] padded with zeros, key of the chunk in front [32], rounding [16]
     blake3 of each layer [layers, 32]
     blake3 of all of the above [32]
     the layers' canonical bytes (`portable.py`), one after the other
 
-All integers are little-endian. Every byte of an object is covered by a checksum.
+All integers are little-endian. Every byte of an object is covered by a checksum. Zeros stand for what whoever
+wrote the chunk did not know of the last two fields: they say what a chunk is, but make it no other one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +29,13 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _MAGIC: Final = b"numoeKV\n"
-_FIXED: Final = struct.Struct("<8s4IQ32s32s")
+_FIXED: Final = struct.Struct("<8s4IQ32s32s32s16s")
 _CHECKSUM: Final = 32
+ROUNDING_BYTES: Final = 16
+UNKNOWN_KEY: Final = bytes(KEY_BYTES)
+UNKNOWN_ROUNDING: Final = bytes(ROUNDING_BYTES)
+FIXED_BYTES: Final = _FIXED.size
+"""At the beginning of an object, in which `Provenance.peek` finds what it tells."""
 _CURE: Final = "what it held is computed again when a prompt needs it"
 
 
@@ -48,6 +54,31 @@ class ChunkShape:
         return _header_bytes(self.layers) + self.layers * self.layer_bytes
 
 
+class Provenance(NamedTuple):
+    """Where a chunk comes from.
+
+    before: the key of the chunk in front. rounding: a digest of all that decides how
+    sums are rounded where it was computed (`rounding_of`): the same tokens have the same bits where it is the same.
+    """
+
+    before: bytes = UNKNOWN_KEY
+    rounding: bytes = UNKNOWN_ROUNDING
+
+    @classmethod
+    def peek(cls, data: Buffer) -> Self | None:
+        """What the first FIXED_BYTES of an object say, unverified; None for anything else, or another format."""
+        view = memoryview(data).cast("B")
+        if view.nbytes < FIXED_BYTES:
+            return None
+        magic, version, *_, before, rounding = _FIXED.unpack(view[:FIXED_BYTES])
+        return cls(before, rounding) if magic == _MAGIC and version == FORMAT_VERSION else None
+
+
+def rounding_of(*parts: object) -> bytes:
+    """The digest of all that decides how sums are rounded."""
+    return blake3("\n".join(map(str, parts)).encode()).digest(ROUNDING_BYTES)
+
+
 def encode_chunk(key: bytes, kv_type: str, layers: Sequence[Buffer], tokens: int = PAGE_TOKENS) -> memoryview:
     """The object of chunk `key`. layers: the canonical bytes of each layer, all of one size."""
     rows = [np.frombuffer(memoryview(layer), np.uint8) for layer in layers]
@@ -58,7 +89,10 @@ def encode_chunk(key: bytes, kv_type: str, layers: Sequence[Buffer], tokens: int
     return build_chunk(key, shape, lambda out: np.concatenate(rows, out=out))
 
 
-def build_chunk(key: bytes, shape: ChunkShape, fill: Callable[[npt.NDArray[np.uint8]], object]) -> memoryview:
+def build_chunk(
+    key: bytes, shape: ChunkShape, fill: Callable[[npt.NDArray[np.uint8]], object],
+    provenance: Provenance = Provenance(),  # noqa: B008 - immutable
+) -> memoryview:  # fmt: skip
     """The same without a copy: `fill` writes the layers, one after the other, to uint8 [layers * layer_bytes]."""
     name = shape.kv_type.encode()
     if len(key) != KEY_BYTES or len(name) > 32 or not 1 <= shape.tokens <= PAGE_TOKENS:
@@ -66,7 +100,8 @@ def build_chunk(key: bytes, shape: ChunkShape, fill: Callable[[npt.NDArray[np.ui
     data, start = np.empty(shape.object_bytes, np.uint8), _header_bytes(shape.layers)
     fill(data[start:])
     layers = data[start:].reshape(shape.layers, shape.layer_bytes)
-    fixed = _FIXED.pack(_MAGIC, FORMAT_VERSION, start, shape.tokens, shape.layers, shape.layer_bytes, key, name)
+    sizes = start, shape.tokens, shape.layers, shape.layer_bytes
+    fixed = _FIXED.pack(_MAGIC, FORMAT_VERSION, *sizes, key, name, *provenance)
     header = fixed + b"".join(blake3(layer.data).digest() for layer in layers)
     data[:start] = np.frombuffer(header + blake3(header).digest(), np.uint8)
     return data.data.toreadonly()
@@ -107,7 +142,7 @@ class _Header:
         """Verify and read a header; `key` is for messages."""
         if view.nbytes < _FIXED.size:
             raise _damaged(key, f"ends after {view.nbytes} bytes, in its header")
-        magic, version, size, tokens, layers, layer_bytes, own_key, kv_type = _FIXED.unpack(view[: _FIXED.size])
+        magic, version, size, tokens, layers, layer_bytes, own_key, kv_type, _, _ = _FIXED.unpack(view[: _FIXED.size])
         if magic != _MAGIC:
             raise _damaged(key, f"starts with {bytes(magic)!r}, not {_MAGIC!r}")
         if not _FIXED.size + _CHECKSUM <= size <= view.nbytes:

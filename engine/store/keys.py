@@ -18,7 +18,7 @@ from blake3 import blake3
 
 from numoe.engine.kv.pages import PAGE_TOKENS
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 """Of the bytes of a chunk (`chunks.py`, `portable.py`): another version is another root."""
 KEY_BYTES: Final = 32
 CHUNKS: Final = "chunks"

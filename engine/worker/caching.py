@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final
 
 from numoe.engine.cache import PromptCache, RamTier, Snapshots, StoreTier
+from numoe.engine.cache.cache import Loaded
 from numoe.engine.cache.health import OUTAGES
 from numoe.engine.errors import NumoeError
 from numoe.engine.kv.pages import PAGE_TOKENS
@@ -17,7 +18,7 @@ from numoe.engine.requests import CacheStatus
 from numoe.engine.scheduler import Scheduler
 from numoe.engine.scheduler.conversation import Parked
 from numoe.engine.scheduler.load import Load
-from numoe.engine.store.chunks import encode_chunk
+from numoe.engine.store.chunks import UNKNOWN_ROUNDING, encode_chunk
 from numoe.engine.store.manifest import Origin
 from numoe.engine.worker.parking import Parking
 
@@ -50,12 +51,14 @@ class Caching:
     """Serves a scheduler's lookups, loads and saves.
 
     changed: the engine's lock; whoever waits for it is told when something has come.
-    pages: of the forward pass. cache, snapshots: None if there is nothing beyond the pages.
+    pages: of the forward pass. rounding: how it rounds sums (`Provenance`). cache, snapshots: None if there is
+    nothing beyond the pages.
     """
 
     def __init__(
         self, scheduler: Scheduler, changed: threading.Condition, pages: PagePort,
         ram: RamTier | None = None, tier: StoreTier | None = None, origin: Origin | None = None,
+        rounding: bytes = UNKNOWN_ROUNDING,
     ) -> None:  # fmt: skip
         self._scheduler, self._changed, self.pages = scheduler, changed, pages
         # Pools of their own, as a store that does not answer holds up whoever writes to it for long.
@@ -73,7 +76,7 @@ class Caching:
             ram = ram or RamTier(0)
             if tier is not None:
                 ram.reserve = _WRITE_BUFFER * pages.shape(PAGE_TOKENS).object_bytes
-            self.cache = PromptCache(pages, self, self.readers, self._writers, ram, tier)
+            self.cache = PromptCache(pages, self, self.readers, self._writers, ram, tier, rounding)
             self.snapshots = Snapshots(self.cache, origin)
             if tier is not None:
                 self._parking = Parking(self.snapshots, tier, self._parked)
@@ -229,24 +232,24 @@ class Caching:
         if self.cache is None or tokens != held_tokens:  # what is computed again is not much
             return None
         with contextlib.suppress(NumoeError):
-            return self.cache.read(key, tokens)[0]
+            return self.cache.read(key, tokens).layers
         return None
 
     # --- jobs -------------------------------------------------------------------------------------
 
     def _load(self, load: Load) -> None:
-        chunks, tail = 0, False
+        came = Loaded()
         try:
             if self.cache is not None:
-                chunks, tail = self.cache.load(load)
+                came = self.cache.load(load)
             elif load.tail is not None and load.tail.source is not None:
                 if load.tail.source != load.tail.page:
                     self.pages.copy_page(load.tail.source, load.tail.page)
-                tail = True
+                came = Loaded(tail=True)
         except Exception:  # the sequence goes on without it
             logger.exception("cached keys and values could not be used; they are computed again")
         with self._changed:
-            self._scheduler.loaded(load, chunks, tail=tail)
+            self._scheduler.loaded(load, came.chunks, tail=came.tail, foreign=came.foreign)
             self._changed.notify_all()
 
     def _find(self, cache: PromptCache, sequence: Request, keys: Sequence[bytes]) -> None:

@@ -20,6 +20,7 @@ from numoe.engine.kv.pages import pages_for
 from numoe.engine.requests import Event, FinishReason, GenerationRequest, WorkerStatus
 from numoe.engine.sampling import StepLogits
 from numoe.engine.scheduler import Batch, Scheduler
+from numoe.engine.store.chunks import UNKNOWN_ROUNDING
 from numoe.engine.store.manifest import Origin
 from numoe.engine.worker.caching import Caching
 from numoe.engine.worker.options import Forward
@@ -46,16 +47,17 @@ class Engine:
     """Scheduler and forward pass together; `run` is the loop, everything else may be called beside it.
 
     emit is called with the events of one step, for all requests at once, and with those of `slots`.
-    ram, tier, origin: of the prompt cache behind the pages, see `Caching`.
+    ram, tier, origin, rounding: of the prompt cache behind the pages, see `Caching`.
     """
 
     def __init__(
         self, scheduler: Scheduler, forward: Forward, emit: Callable[[list[Event]], None], *,
         ram: RamTier | None = None, tier: StoreTier | None = None, origin: Origin | None = None,
+        rounding: bytes = UNKNOWN_ROUNDING,
     ) -> None:  # fmt: skip
         self._scheduler, self._forward, self._emit = scheduler, forward, emit
         self._changed = threading.Condition()
-        self._caching = Caching(scheduler, self._changed, forward.pages, ram, tier, origin)
+        self._caching = Caching(scheduler, self._changed, forward.pages, ram, tier, origin, rounding)
         self.slots = SlotOperations(scheduler, self._changed, self._caching, emit)
         self._stepping, self._pulse = False, Pulse()
         self._written: list[int] = []  # pages, by the step under way

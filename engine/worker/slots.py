@@ -146,7 +146,7 @@ class SlotOperations:
         pages = self._caching.pages
         sizes = [pages.shape(len(conversation.chunk(n))).object_bytes for n in range(len(conversation.all_keys))]
         progress.begin(sizes)
-        spare = self._spare_pages(conversation, progress)
+        spare, foreign = self._spare_pages(conversation, progress), set[bytes]()
 
         def fetch(number: int) -> None:
             key, page, published = spare[number]
@@ -154,8 +154,11 @@ class SlotOperations:
             try:
                 if not published:
                     progress.check()
-                    layers, moved = read(key, tokens)
-                    pages.import_page(page, layers, tokens)
+                    found = read(key, tokens)
+                    pages.import_page(page, found.layers, tokens)
+                    moved = found.moved
+                    if found.foreign:
+                        foreign.add(key)
                 progress.add(sizes[number], moved)
             except BaseException:
                 progress.stopped = True  # the others need not begin
@@ -168,10 +171,12 @@ class SlotOperations:
             if failures:  # the reason, rather than that others stopped because of it
                 raise next((error for error in failures if not isinstance(error, StoppedError)), failures[0])
             with self._changed:
+                ledger = self._scheduler.ledger
                 for number, (key, page, published) in enumerate(spare):
                     if not published:
-                        self._scheduler.ledger.publish_spare(key, page, len(conversation.chunk(number)), saved=saved)
-                self._scheduler.ledger.replace_conversation(slot, conversation)
+                        tokens = len(conversation.chunk(number))
+                        ledger.publish_spare(key, page, tokens, saved=saved, foreign=key in foreign)
+                ledger.replace_conversation(slot, conversation)
         finally:
             with self._changed:
                 self._scheduler.ledger.give_back([page for _, page, _ in spare])
@@ -206,7 +211,7 @@ class SlotOperations:
 
     def _load_archive(self, archive: Archive, slot: int, progress: Progress) -> Conversation:
         def read(key: bytes, tokens: int) -> Layers:
-            return archive.read(key, self._caching.pages.shape(tokens)), archive.places[key][1]
+            return Layers(archive.read(key, self._caching.pages.shape(tokens)), archive.places[key][1])
 
         conversation = dataclasses.replace(conversation_of(archive.manifest), named=True, last_used=time.time())
         with self._kept(slot, "restoring", None):

@@ -27,12 +27,13 @@ async def test_what_is_left_is_the_request_behind_the_tokens_that_came() -> None
     with streams.open("r", lambda _: None) as stream:
         assert stream.remainder() is None, "it was not submitted"
         stream.submitted(REQUEST)
-        streams.deliver([Started("r", 3, 0), TokenGenerated("r", 65), TokenGenerated("r", 66)])
+        assert REQUEST.foreign is None, "who has not begun takes any chunk"
+        streams.deliver([Started("r", 3, 0, (0, 4)), TokenGenerated("r", 65), TokenGenerated("r", 66)])
         await stream.next_events()
         streams.deliver([TokenGenerated("r", 67)])
         left = stream.remainder()
         assert left is not None
-        assert left.generated == (65, 66, 67)
+        assert (left.generated, left.foreign) == ((65, 66, 67), (0, 4))
         assert (left.token_ids, left.max_tokens) == (REQUEST.token_ids, REQUEST.max_tokens)
         streams.deliver([Finished("r", "length", 3, TIMINGS)])
         assert stream.remainder() is None

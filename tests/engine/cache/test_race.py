@@ -32,7 +32,7 @@ def read_back(talk: Talk, store: Store) -> Manifest:
     saver = Saver(store, talk.pages, talk.origin)
     manifest = saver.snapshots.manifest("chat")
     for number, key in enumerate(manifest.keys):
-        layers, _ = saver.cache.read(key, min(256, manifest.computed - 256 * number))
+        layers = saver.cache.read(key, min(256, manifest.computed - 256 * number)).layers
         assert tuple(map(bytes, layers)) == talk.layers[number]
     saver.close()
     return manifest

@@ -216,3 +216,20 @@ def test_tables_never_name_the_same_page(calls):
         named = [page for table in tables for page in table.pages]
         assert len(set(named)) == len(named) == allocator.n_used
         allocator.check_integrity()
+
+
+def test_what_is_foreign_is_so_while_its_page_is_found() -> None:
+    pages = PageAllocator(2)
+    first, second = pages.allocate(2)
+    pages.publish(first, b"foreign", foreign=True)
+    pages.publish(second, b"own")
+    pages.publish(second, b"foreign", foreign=True)  # has a page already, which stays what it was
+    assert [pages.is_foreign(key) for key in (b"foreign", b"own", b"unknown")] == [True, False, False]
+    assert pages.withdraw(first)
+    pages.publish(first, b"foreign")
+    assert not pages.is_foreign(b"foreign")
+    pages.withdraw(second)
+    pages.publish(second, b"again", foreign=True)
+    pages.free([first, second])
+    pages.allocate(2)
+    assert not pages.is_foreign(b"again")

@@ -81,10 +81,10 @@ def test_another_chunk_under_this_name_is_refused() -> None:
 
 
 def test_a_newer_format_is_not_called_damage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("numoe.engine.store.chunks.FORMAT_VERSION", 2)
+    monkeypatch.setattr("numoe.engine.store.chunks.FORMAT_VERSION", 3)
     newer = encode_chunk(KEY, SHAPE.kv_type, LAYERS)
     monkeypatch.undo()
-    with pytest.raises(UnsupportedError, match="format 2, where 1 is read"):
+    with pytest.raises(UnsupportedError, match="format 3, where 2 is read"):
         decode_chunk(newer, KEY, SHAPE)
 
 

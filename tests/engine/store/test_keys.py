@@ -44,7 +44,7 @@ def test_a_root_stands_for_model_type_version_and_salt(monkeypatch: pytest.Monke
         ROOT, root_key(b"g" * 32, "f16/f16"), root_key(b"f" * 32, "f16/q8_0"), root_key(b"f" * 32, "f16/f16", b"s"),
         root_key(b"f" * 31, "ff16/f16"), root_key(b"f" * 32, "f16/f1", b"6"),
     ]  # fmt: skip
-    monkeypatch.setattr(keys_module, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(keys_module, "FORMAT_VERSION", 3)
     roots.append(root_key(b"f" * 32, "f16/f16"))
     assert len(set(roots)) == len(roots)
     assert {len(root) for root in roots} == {32}

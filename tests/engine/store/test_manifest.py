@@ -23,7 +23,7 @@ from numoe.engine.store.manifest import (
 )
 
 ORIGIN = Origin(
-    fingerprint=b"f" * 32, kv_type="q8_0/f16", format_version=1,
+    fingerprint=b"f" * 32, kv_type="q8_0/f16", format_version=2,
     parts={"architecture": "qwen3moe", "rope theta": "10000.0", "tensor types": "3 F32 (ab)", "tensor contents": "cd"},
 )  # fmt: skip
 
@@ -117,7 +117,7 @@ def test_a_newer_manifest_is_not_called_damage() -> None:
     ("change", "reason"),
     [
         ({"kv_type": "f16/f16"}, "KV cache type is q8_0/f16 there and f16/f16 here"),
-        ({"format_version": 2}, "KV format is 1 there and 2 here"),
+        ({"format_version": 3}, "KV format is 2 there and 3 here"),
         ({"fingerprint": b"g" * 32}, f"model fingerprint is {'66' * 32} there and {'67' * 32} here"),
         ({"architecture": "llama", "rope theta": "1"}, "architecture is qwen3moe there and llama here"),
         ({"rope theta": "500000.0"}, r"rope theta is 10000.0 there and 500000.0 here"),

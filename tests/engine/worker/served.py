@@ -22,6 +22,7 @@ from numoe.engine.requests import (
 )
 from numoe.engine.scheduler import Scheduler, SchedulerConfig
 from numoe.engine.store import Store
+from numoe.engine.store.chunks import UNKNOWN_ROUNDING
 from numoe.engine.store.fingerprint import ModelFingerprint
 from numoe.engine.store.manifest import Origin
 from numoe.engine.store.portable import kv_type_name
@@ -104,7 +105,7 @@ class Served:
 def served(
     path: Path, store: Store | None, *, ram: int = 1 << 30, limit: int | None = None, shards: int = 1, slots: int = 2,
     n_pages: int = 12, kv_type: KvType = F16, resume: bool = False, save: bool = False, keep: int | None = None,
-    context: int = CONTEXT,
+    context: int = CONTEXT, rounding: bytes = UNKNOWN_ROUNDING,
 ) -> Iterator[Served]:  # fmt: skip
     """An engine over the model at `path`; save: conversations go to the store at the end, as at SIGTERM."""
     with GgufFile.open(path) as gguf:
@@ -125,7 +126,8 @@ def served(
                 arrived.notify_all()
 
         tier = None if store is None else StoreTier(store, limit)
-        engine = Engine(scheduler, forward, emit, ram=RamTier(ram) if ram else None, tier=tier, origin=origin)
+        memory = RamTier(ram) if ram else None
+        engine = Engine(scheduler, forward, emit, ram=memory, tier=tier, origin=origin, rounding=rounding)
         if resume:
             engine.resume()
         loop = threading.Thread(target=engine.run, daemon=True)

@@ -21,7 +21,7 @@ from tests.models import make_model
 PROMPT = [(7 * i + i // 11) % 250 for i in range(2 * PAGE_TOKENS + 60)]
 OTHER = [(5 * i + 3) % 250 for i in range(2 * PAGE_TOKENS + 10)]
 
-FULL_CHUNK = 262336
+FULL_CHUNK = 262384
 """Bytes of the object of a full chunk of this model."""
 
 

@@ -1,0 +1,93 @@
+"""Servers that round sums otherwise share chunks; but who has begun to answer goes on with the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from numoe.engine.kv.pages import PAGE_TOKENS
+from numoe.engine.requests import Started
+from numoe.engine.store import Store, open_store
+from numoe.engine.store.chunks import FIXED_BYTES, Provenance, rounding_of
+from numoe.engine.store.keys import CHUNKS
+from tests.engine.worker.served import Served, served
+from tests.models import make_model
+
+PROMPT = [(7 * i + i // 11) % 250 for i in range(2 * PAGE_TOKENS + 60)]
+ONE, TWO = rounding_of("one shard"), rounding_of("two shards")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "m.gguf", "qwen3moe")
+
+
+@pytest.fixture(scope="module")
+def answer(model: Path) -> list[int]:
+    """What one shard says."""
+    with served(model, None, ram=0) as server:
+        return server.ask(PROMPT)[1]
+
+
+@pytest.fixture
+def foreign(model: Path, tmp_path: Path) -> Store:
+    """A store with the prompt's chunks, computed by two shards."""
+    store = open_store(tmp_path / "store")
+    with served(model, store, shards=2, rounding=TWO) as server:
+        server.ask(PROMPT, 1)
+        server.settle()
+    return store
+
+
+def test_a_chunk_tells_where_it_comes_from(foreign: Store) -> None:
+    heads = {}
+    for entry in foreign.list(CHUNKS):
+        found = Provenance.peek(foreign.get(entry.key)[:FIXED_BYTES])
+        assert found is not None
+        heads[bytes.fromhex(entry.key.rsplit("/", 1)[-1])] = found
+    assert {head.rounding for head in heads.values()} == {TWO}
+    assert sum(head.before in heads for head in heads.values()) == len(heads) - 1  # all but the first one
+
+
+def cached(server: Served, **rest: object) -> tuple[int, tuple[int, ...], list[int]]:
+    """The cached tokens of the prompt, which of its chunks were foreign, and all that is said."""
+    begun = rest.get("generated", ())
+    name = server.submit(PROMPT, **rest)
+    found, said, _ = server.end(name)
+    started = next(event for event in server.of(name) if isinstance(event, Started))
+    return found, started.foreign, [*begun, *said]  # type: ignore[misc]
+
+
+def test_a_new_request_takes_any_chunk_and_tells_which_are_foreign(model: Path, foreign: Store) -> None:
+    with served(model, foreign, rounding=ONE) as server:
+        assert cached(server)[:2] == (512, (0, 1))
+        assert cached(server)[:2] == (571, (0, 1)), "the same from pages, the tail being this server's"
+
+
+@pytest.mark.parametrize(("own", "first"), [((), 0), ((0,), 256), ((0, 1), 512), ((1,), 0)])
+def test_who_goes_on_takes_only_what_was_foreign_before(
+    model: Path, foreign: Store, answer: list[int], own: tuple[int, ...], first: int
+) -> None:
+    with served(model, foreign, rounding=ONE) as server:
+        found, _, said = cached(server, generated=tuple(answer[:3]), foreign=own)
+        assert found == first
+        if not own:
+            assert said == answer
+
+
+def test_who_goes_on_takes_no_foreign_pages_of_others(model: Path, foreign: Store, answer: list[int]) -> None:
+    with served(model, foreign, rounding=ONE) as server:
+        server.ask(PROMPT, 1)
+        found, _, said = cached(server, generated=tuple(answer[:3]), foreign=())
+        assert (found, said) == (0, answer)
+        server.settle()
+
+
+def test_who_goes_on_takes_what_was_rounded_alike(model: Path, tmp_path: Path, answer: list[int]) -> None:
+    store = open_store(tmp_path / "store")
+    with served(model, store, rounding=ONE) as server:
+        server.ask(PROMPT, 1)
+        server.settle()
+    with served(model, store, rounding=ONE) as server:
+        assert cached(server, generated=tuple(answer[:3]), foreign=()) == (512, (), answer)
