@@ -117,6 +117,7 @@ def _places(plan: Plan) -> list[dict[str, Any]]:
     )
     if plan.mailbox:
         rows.append(("shared memory", "mailbox", plan.mailbox.nbytes))
+    rows.append(("memory", "processes", plan.process_bytes))
     return [{"place": place, "what": what, "bytes": nbytes} for place, what, nbytes in rows]
 
 
