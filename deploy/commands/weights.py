@@ -120,7 +120,7 @@ def _chosen(names: Sequence[str]) -> list[StoredSlice]:
         prefix = source_fingerprint(_files(name)) if Path(name).is_file() else name.lower()
         of_name = [found for found in slices if prefix and found.fingerprint.startswith(prefix)]
         if not of_name:
-            raise NotFoundError(f"no weights of {name} lie in shared memory; `numoe weights list` shows what does")
+            raise NotFoundError(f"no weights of {name!r} lie in shared memory; `numoe weights list` shows what does")
         chosen += [found for found in of_name if found not in chosen]
     return chosen
 
