@@ -92,7 +92,7 @@ def choose_nodes(topology: Topology, numa: str) -> tuple[NumaNode, ...]:
         return nodes
     words = numa.split(",")
     if not all(word.isdecimal() for word in words):
-        raise InputError(f"--numa {numa} is neither one of {', '.join(NUMA_MODES)} nor numbers of nodes, as in 0,1")
+        raise InputError(f"--numa {numa!r} is neither one of {', '.join(NUMA_MODES)} nor numbers of nodes, as in 0,1")
     wanted = {int(word) for word in words}
     found = tuple(node for node in nodes if node.id in wanted)
     if len(found) < len(wanted):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from numoe.cluster.plan import GPU_RESERVE, Plan
+from numoe.cluster.plan import GPU_RESERVE, Plan, needed_memory
 from numoe.engine.gguf import GgufFile
 from numoe.engine.gpu.kv_pool import GPU_KV_TYPES, GpuKvPool
 from numoe.engine.gpu.widened import widened_bytes
@@ -56,7 +56,7 @@ def forecast(
     if plan.gpu:
         free = plan.gpu.free_bytes - GPU_RESERVE - plan.attention_bytes + plan.kv_bytes
     else:
-        free = free_memory - plan.shared_bytes - plan.dense_bytes
+        free = free_memory - needed_memory(plan) + plan.kv_bytes
 
     def page_bytes(kind: KvType) -> int:
         """Of each of the slots a page, and what one of them needs to be read as float16."""

@@ -35,6 +35,8 @@ MAX_SLOTS = 256
 DEVICES = ("auto", "cpu", "gpu")
 GPU_RESERVE = 1 << 30
 """Bytes of VRAM that are left to CUDA's context, its libraries' workspaces and captured graphs."""
+PROCESSES_BYTES, SHARD_PROCESS_BYTES = 800 << 20, 100 << 20
+"""What a server takes beside the model, as measured: Ray's and numoe's processes with spares, and each shard's."""
 _SHM_FREE = Path("/dev/shm")  # noqa: S108 - that is where weights live
 
 
@@ -187,6 +189,11 @@ class Plan:
         """Bytes of memory that the model and its caches take, in VRAM not counted."""
         return self.shared_bytes + (0 if self.gpu else self.kv_bytes + self.work_bytes)
 
+    @property
+    def process_bytes(self) -> int:
+        """Bytes of memory that the server's processes take beside that."""
+        return PROCESSES_BYTES + SHARD_PROCESS_BYTES * len(self.shards)
+
 
 def make_plan(
     config: ModelConfig, gguf: GgufFile, topology: Topology, options: PlanOptions, gpu: Device | None = None
@@ -301,14 +308,14 @@ def check_memory(plan: Plan, available: int | None = None, shared: int | None = 
             "--ctx-size, --parallel, --chunk or --gpu-experts, choose --cache-type-k q8_0 --cache-type-v q8_0, or "
             "--device cpu"
         )
-    there = _bytes_there(plan)
-    total, in_shm = plan.total_bytes - there, plan.shared_bytes - there
+    needed, in_shm = needed_memory(plan), plan.shared_bytes - _bytes_there(plan)
     available = available_memory() if available is None else available
-    if total > available:
+    if needed > available:
         raise ResourceError(
-            f"the model needs {_gb(total)} of memory ({_gb(total - plan.kv_bytes)} weights, "
-            f"{_gb(plan.kv_bytes)} KV cache) and {_gb(available)} is available: {_gb(total - available)} "
-            "is missing; free memory (`numoe weights list` shows what earlier servers left), lower --ctx-size or "
+            f"the model needs {_gb(needed)} of memory ({_gb(in_shm)} weights, "
+            f"{_gb(plan.total_bytes - plan.shared_bytes)} KV cache, {_gb(plan.process_bytes)} processes) and "
+            f"{_gb(available)} is available: {_gb(needed - available)} is missing; free memory (`numoe weights list` "
+            "shows what earlier servers left), in a container raise its limit (--memory), lower --ctx-size or "
             "--parallel, or use a smaller quantization"
         )
     shared = shutil.disk_usage(_SHM_FREE).free if shared is None else shared
@@ -321,10 +328,15 @@ def check_memory(plan: Plan, available: int | None = None, shared: int | None = 
     _check_nodes(plan)
 
 
+def needed_memory(plan: Plan) -> int:
+    """Bytes of free memory that a server takes: what lies there already, or in huge pages, is not counted."""
+    return plan.total_bytes - _bytes_there(plan) + plan.process_bytes
+
+
 def fit_cache(plan: Plan, available: int | None = None) -> Plan:
     """The plan with no more host memory for prompts than the model leaves of `available`, default what is free now."""
     available = available_memory() if available is None else available
-    left = max(0, available - (plan.total_bytes - _bytes_there(plan)))
+    left = max(0, available - needed_memory(plan))
     return replace(plan, cache=replace(plan.cache, cache_ram_bytes=min(plan.cache.cache_ram_bytes, left)))
 
 

@@ -166,9 +166,14 @@ class Client:
         return False
 
     def _stream(self, call: Any) -> Iterator[Any]:
+        begun = False
         try:
-            yield from call
+            for message in call:
+                begun = True
+                yield message
         except grpc.RpcError as error:
+            if begun and error.code() is grpc.StatusCode.UNAVAILABLE and not _from_numoe(error):
+                raise UnavailableError(f"the server at {self.address} went away in the middle: try again") from error
             raise explained(error, self.address, self._credentials) from error
         finally:
             call.cancel()

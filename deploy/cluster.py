@@ -30,7 +30,7 @@ from numoe.cluster.plan import Plan
 from numoe.cluster.status import TAKE_DOWN_S, LoadProgress
 from numoe.cluster.supervisor import Supervisor, supervisor_name
 from numoe.deploy.head import Head
-from numoe.deploy.raylets import PRIVATE_TEMP, find_raylets
+from numoe.deploy.raylets import PRIVATE_TEMP, find_raylets, head_answers
 from numoe.deploy.signals import StopSignals, uninterrupted
 from numoe.engine import shm
 from numoe.engine.errors import NumoeError, UnavailableError
@@ -109,15 +109,12 @@ def _init_ray() -> bool:
     wanted = os.environ.get("RAY_ADDRESS", "")
     address = wanted or _running_cluster()
     if address and address != "local":
-        try:
-            ray.init(address=address, **quiet)
-        except ConnectionError:
-            if wanted:
-                raise UnavailableError(
-                    f"no Ray cluster answers at RAY_ADDRESS={wanted}; unset it to start one here"
-                ) from None
-        else:
-            return False
+        with contextlib.suppress(ConnectionError):
+            if head_answers(address):  # else Ray would try for a minute
+                ray.init(address=address, **quiet)
+                return False
+        if wanted:
+            raise UnavailableError(f"no Ray cluster answers at RAY_ADDRESS={wanted}; unset it to start one here")
     os.environ[_OWNER_VARIABLE] = _OWN_TEMP_DIR
     make_private_folder(Path(PRIVATE_TEMP))  # Ray's own folders and sockets are open to all users
     remove_stale_sessions()
@@ -145,11 +142,12 @@ def remove_stale_sessions() -> None:
 def _running_cluster() -> str:
     """How to reach a Ray cluster with a node on this host, empty if there is none.
 
-    One that another numoe started for itself does not count: it goes when that one does. Beside several, "auto" is
+    One that another numoe started for itself does not count: it goes when that one does. Nor does one whose head is
+    dead, as Ray ends it, too. Beside several, "auto" is
     the one that was started last in Ray's own folder, where numoe's are not; given by its address, Ray would not look
     for the cluster's token.
     """
-    return "auto" if any(not raylet.private for raylet in find_raylets()) else ""
+    return "auto" if any(raylet.may_be_joined for raylet in find_raylets()) else ""
 
 
 class Server:

@@ -1,4 +1,4 @@
-"""How every command reports failure, one line on stderr and an exit code, and where tables are printed."""
+"""How every command reports failure, one line on stderr and an exit code; counts in words; where tables are printed."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ def one_line_errors() -> Iterator[None]:
     except (NumoeError, OSError) as error:
         print(f"numoe: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def count(number: int, what: str) -> str:
+    """For people: "1 node", "2 nodes"."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def result_console() -> Console:

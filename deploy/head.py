@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
-from contextlib import closing
 
 import psutil
 import ray
 
-from numoe.deploy.raylets import find_raylets
+from numoe.deploy.raylets import find_raylets, head_answers
 
 _TIMEOUT_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 _TIMEOUT_S = 60.0
@@ -37,19 +35,13 @@ class Head:
         now = time.monotonic()
         if now - self._looked >= _LOOK_S:
             self._looked = now
-            if self._answers():
+            if head_answers(self._address):
                 self._answered = now
             if self._nodes and not any(_lives(pid) for pid in self._nodes):
                 return "Ray's node on this host has ended"
         if now - self._answered > self._patience_s:
             return f"Ray's head at {self._address} has not answered for {self._patience_s:.0f} s"
         return ""
-
-    def _answers(self) -> bool:
-        host, _, port = self._address.rpartition(":")
-        with closing(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)) as probe:
-            probe.settimeout(_LOOK_S)
-            return probe.connect_ex((host.strip("[]"), int(port))) == 0
 
 
 def _lives(pid: int) -> bool:

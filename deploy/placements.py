@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
+from numoe.deploy.console import count
 from numoe.v1 import admin_pb2 as pb
 
 
@@ -38,8 +39,7 @@ def placement_text(actor: dict[str, Any]) -> str:
     text += f", {_percent(placement['huge_pages'])} huge pages"
     if placement["on_nodes"] is not None:
         text += f", {_percent(placement['on_nodes'])} on node {' '.join(map(str, nodes))}"
-    threads = len(placement["ran_on"])
-    text += f"; {threads} {'thread' if threads == 1 else 'threads'}"
+    text += f"; {count(len(placement['ran_on']), 'thread')}"
     text += f" pinned to {cpu_list(cpus)}" if cpus else " not pinned"
     text += f", ran on {cpu_list(placement['ran_on'])}"
     if read is not None:

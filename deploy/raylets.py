@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import tempfile
+from contextlib import closing
 from dataclasses import dataclass
 
 import psutil
 
 PRIVATE_TEMP = f"{tempfile.gettempdir()}/numoe-ray-{os.getuid()}"
 """Folder of the Rays that numoe starts for itself, each in a folder of its own there."""
+_ANSWERS_WITHIN_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,11 @@ class Raylet:
         """Whether a numoe started it for itself, so that it goes when that one does."""
         return self.folder.startswith(PRIVATE_TEMP)
 
+    @property
+    def may_be_joined(self) -> bool:
+        """Whether it is a cluster for others, and its head is there: a node outlives that by about a minute."""
+        return not self.private and head_answers(self.gcs_address)
+
 
 def find_raylets() -> list[Raylet]:
     """All that run, of every user whose processes can be seen."""
@@ -38,3 +46,16 @@ def find_raylets() -> list[Raylet]:
             if address:
                 found.append(Raylet(process.pid, address.group(1), folder.group(1) if folder else ""))
     return found
+
+
+def head_answers(address: str) -> bool:
+    """Whether somebody listens at a Ray address; "auto", and what else has no port, is not asked."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return True
+    with closing(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)) as probe:
+        probe.settimeout(_ANSWERS_WITHIN_S)
+        try:
+            return probe.connect_ex((host.strip("[]"), int(port))) == 0
+        except OSError:  # of a name that is unknown
+            return False

@@ -117,7 +117,8 @@ class Pins:
         try:
             yield
         finally:
-            os.sched_setaffinity(0, before)
+            with contextlib.suppress(OSError):  # none of them may be used any more: the cpuset has changed meanwhile
+                os.sched_setaffinity(0, before)
 
 
 def current_cpu() -> int:

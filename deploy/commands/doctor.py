@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from numoe.deploy.client import DEFAULT_ADDRESS
-from numoe.deploy.console import one_line_errors, result_console
+from numoe.deploy.console import count, one_line_errors, result_console
+from numoe.engine.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,12 +59,15 @@ def doctor(
 
     """
     with one_line_errors():
-        from numoe.deploy.doctor.check import Host, count
+        no_path = _forget_wrong_path()
+
+        from numoe.deploy.doctor.check import Host
         from numoe.deploy.doctor.examine import Questions, examine
 
         questions = Questions(
-            model=model, listen=listen, store=store, store_endpoint=store_endpoint, measure=measure
-        )
+            model=model, listen=listen, store=store, store_endpoint=store_endpoint, measure=measure,
+            no_path=no_path,
+        )  # fmt: skip
         console, found = result_console(), []
         with _progress() as progress:
             for check in examine(Host.read(), questions, progress):
@@ -75,6 +81,16 @@ def doctor(
     else:
         console.print(f"{states['ok']} ok, {count(states['warning'], 'warning')}, {count(states['error'], 'error')}")
     return 1 if worst == "error" else 0
+
+
+def _forget_wrong_path() -> str:
+    """Drop a NUMOE_ISA that cannot run here, and say why: nothing that kernels belong to could be imported with it."""
+    try:
+        importlib.import_module("numoe.engine.cpu")
+    except InputError as refused:
+        del os.environ["NUMOE_ISA"]
+        return str(refused)
+    return ""
 
 
 def _print(console: Console, check: Check) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from numoe.deploy.commands.placement import ANYWHERE, Placement
-from numoe.deploy.console import one_line_errors, result_console
+from numoe.deploy.console import count, one_line_errors, result_console
 
 if TYPE_CHECKING:
     from numoe.cluster.cores import Seats
@@ -110,13 +110,14 @@ def _places(plan: Plan) -> list[dict[str, Any]]:
     if plan.gpu:
         rows.append((attention, "reserve", GPU_RESERVE))
     if plan.gpu_layers:
-        rows.append((attention, f"experts of {plan.gpu_layers} layers, the first", plan.gpu_expert_bytes))
+        rows.append((attention, f"experts of the first {count(plan.gpu_layers, 'layer')}", plan.gpu_expert_bytes))
     rows.extend(
         (_memory_of(shard.seats), f"experts {shard.index} of {len(plan.shards)}", shard.nbytes)
         for shard in plan.shards
     )
     if plan.mailbox:
         rows.append(("shared memory", "mailbox", plan.mailbox.nbytes))
+    rows.append(("memory", "processes", plan.process_bytes))
     return [{"place": place, "what": what, "bytes": nbytes} for place, what, nbytes in rows]
 
 
@@ -136,7 +137,8 @@ def _print(values: dict[str, Any]) -> None:
     console.print(table)
     token, speed = values["token"], values["bandwidth_gb_s"]
     vram = f", VRAM at {speed['vram']:.0f} GB/s" if speed["vram"] else ""
-    console.print(f"{values['slots']} requests of up to {values['context']} tokens; steps of {values['chunk']}")
+    requests = count(values["slots"], "request")
+    console.print(f"{requests} of up to {values['context']} tokens; steps of {values['chunk']}")
     console.print(
         f"a token reads {sum(token[part] for part in _EMPTY) / 1e9:.2f} GB, and behind a full context "
         f"{token['kv_bytes_full_context'] / 1e9:.2f} GB of KV: at least {token['ms_empty']:.1f} and "

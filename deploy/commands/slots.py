@@ -12,7 +12,7 @@ from rich.filesize import decimal
 
 from numoe.deploy.commands.security import DEFAULT, Connection
 from numoe.deploy.commands.values import duration, unsigned
-from numoe.deploy.console import one_line_errors, result_console
+from numoe.deploy.console import count, one_line_errors, result_console
 from numoe.engine.errors import UnavailableError
 from numoe.v1 import admin_pb2
 from numoe.v1 import slots_pb2 as pb
@@ -145,7 +145,7 @@ def fork(
     with one_line_errors(), connection.client() as client:
         numbers = {"slot": unsigned("SLOT", slot), "target": unsigned("TARGET", target)}
         report = client.fork_slot(pb.ForkSlotRequest(**numbers, wait=duration("--wait", wait)))
-    _tell(report, f"slot {target} holds what slot {slot} holds: {report.tokens} tokens", json_output)
+    _tell(report, f"slot {target} holds what slot {slot} holds: {count(report.tokens, 'token')}", json_output)
     return 0
 
 
@@ -258,15 +258,11 @@ def _tell(report: pb.SlotReport, text: str, json_output: bool) -> None:  # noqa:
 
 
 def _size(report: pb.SlotReport) -> str:
-    return f"{report.tokens} tokens, {decimal(report.bytes)} in {_chunks(report.chunks)}"
+    return f"{count(report.tokens, 'token')}, {decimal(report.bytes)} in {count(report.chunks, 'chunk')}"
 
 
 def _moved(report: pb.SlotReport, verb: str) -> str:
-    return f"{decimal(report.moved_bytes)} in {_chunks(report.moved_chunks)} {verb} in {report.seconds:.2f} s"
-
-
-def _chunks(count: int) -> str:
-    return f"{count} chunk{'' if count == 1 else 's'}"
+    return f"{decimal(report.moved_bytes)} in {count(report.moved_chunks, 'chunk')} {verb} in {report.seconds:.2f} s"
 
 
 def _ago(seconds: float) -> str:

@@ -10,7 +10,7 @@ from rich.filesize import decimal
 
 from numoe.deploy.commands.security import DEFAULT, Connection
 from numoe.deploy.commands.slots import slot_json, slot_row
-from numoe.deploy.console import one_line_errors, result_console
+from numoe.deploy.console import count, one_line_errors, result_console
 from numoe.deploy.placements import placement_json, placement_text
 from numoe.v1 import admin_pb2 as pb
 
@@ -115,10 +115,10 @@ def _cache_text(cache: dict[str, Any]) -> str:
     store = "no store"
     if cache["store_url"]:
         store = f"{decimal(cache['store_bytes'])}{f' of {decimal(limit)}' if limit else ''} in {cache['store_url']}"
-        store += f", {cache['pending_chunks']} chunks to write"
+        store += f", {count(cache['pending_chunks'], 'chunk')} to write"
         if cache["dropped_chunks"]:
             store += f", {cache['dropped_chunks']} given up"
-    found = ", ".join(f"{count} in {place}" for place, count in hits.items())
+    found = ", ".join(f"{number} in {place}" for place, number in hits.items())
     text = f"prompt cache {ram}, {store}; chunks found: {found}; not found: {cache['misses']}"
     return f"{text}\nthe store is not used: {cache['store_error']}" if cache["store_error"] else text
 
@@ -153,11 +153,11 @@ def _print_tables(values: dict[str, Any]) -> None:
             console.print(placement_text(actor))
     table("slots", [slot_row(slot) for slot in values["slots"]])
     console.print(
-        f"queue {queue['queued']} of {queue['limit']}, {queue['streams']} streams; "
+        f"queue {queue['queued']} of {queue['limit']}, {count(queue['streams'], 'stream')}; "
         f"KV pages {kv['pages_used']} of {kv['pages_total']}, {kv['pages_cached']} more with cached prompts"
     )
     if values["cache"] is not None:
         console.print(_cache_text(values["cache"]))
     if step is not None:
         parts = ", ".join(f"{name} {ms:.2f}" for name, ms in sorted(step["last_ms"].items()))
-        console.print(f"{step['steps']} steps, the last in ms: {parts}")
+        console.print(f"{count(step['steps'], 'step')}, the last in ms: {parts}")

@@ -15,7 +15,7 @@ from numoe.cluster.status import TAKE_DOWN_S
 from numoe.deploy.client import POLL_S, Client
 from numoe.deploy.commands.security import DEFAULT, Connection
 from numoe.deploy.commands.values import duration
-from numoe.deploy.console import INTERRUPTED, one_line_errors
+from numoe.deploy.console import INTERRUPTED, count, one_line_errors
 from numoe.engine.errors import UnavailableError
 from numoe.v1 import admin_pb2
 
@@ -43,7 +43,7 @@ def stop(
         pids = local_pids(client.status().actors)
         running = client.shutdown(timeout, keep_weights=keep_weights)
         if running:
-            print(f"waiting up to {timeout:g} s for {running} running requests (Ctrl-C leaves them be)")
+            print(f"waiting up to {timeout:g} s for {count(running, 'running request')} (Ctrl-C leaves them be)")
         try:
             wait_stopped(client, pids, timeout + TAKE_DOWN_S)
         except KeyboardInterrupt:

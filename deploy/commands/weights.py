@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from numoe.deploy.console import one_line_errors, result_console
+from numoe.deploy.console import count, one_line_errors, result_console
 from numoe.engine.errors import DataLossError, InputError, NotFoundError, ResourceError
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 weights = App(name="weights", help="Packed weights in shared memory: list, check and remove them.")
 Names = Annotated[tuple[str, ...], Parameter(negative=())]
+_NOTHING = "no weights lie in shared memory"
 JsonOutput = Annotated[bool, Parameter(name="--json", negative=())]
 
 
@@ -40,7 +41,7 @@ def list_(*, json_output: JsonOutput = False) -> int:
     elif rows:
         _print_table(rows)
     else:
-        print("no weights lie in shared memory")
+        print(_NOTHING)
     return 0
 
 
@@ -66,11 +67,12 @@ def rm(
         chosen = _chosen(names)
         kept = [found for found in chosen if not remove_slice(found.path)]
         removed = sum(found.nbytes for found in chosen) - sum(found.nbytes for found in kept)
-        in_use = f"; {len(kept)} are in use" if kept else ""
-        print(f"removed {len(chosen) - len(kept)} slices, {removed / 1e9:.2f} GB{in_use}")
+        in_use = f"; {len(kept)} in use" if kept else ""
+        print(f"removed {count(len(chosen) - len(kept), 'slice')}, {removed / 1e9:.2f} GB{in_use}")
         if kept and names:
             raise ResourceError(
-                f"{len(kept)} slices ({', '.join(sorted({found.fingerprint[:8] for found in kept}))}) are in use: "
+                f"not removed: {count(len(kept), 'slice')} in use "
+                f"({', '.join(sorted({found.fingerprint[:8] for found in kept}))}): "
                 "stop their server first (`numoe stop`)"
             )
     return 0
@@ -98,11 +100,11 @@ def verify(names: Names = (), /, *, json_output: JsonOutput = False) -> int:
         damaged = [result for result in results if result["found"] != "sound"]
         if damaged:
             raise DataLossError(
-                f"{len(damaged)} of {len(results)} slices are damaged: stop their server, `numoe weights rm` them, "
-                "and test the memory"
+                f"{count(len(damaged), 'damaged slice')} of {len(results)}: stop their server, `numoe weights rm` "
+                "them, and test the memory"
             )
         if not json_output:
-            print(f"{len(results)} slices are sound")
+            print(f"checked {count(len(results), 'slice')}: no damage" if results else _NOTHING)
     return 0
 
 
@@ -118,7 +120,7 @@ def _chosen(names: Sequence[str]) -> list[StoredSlice]:
         prefix = source_fingerprint(_files(name)) if Path(name).is_file() else name.lower()
         of_name = [found for found in slices if prefix and found.fingerprint.startswith(prefix)]
         if not of_name:
-            raise NotFoundError(f"no weights of {name} lie in shared memory; `numoe weights list` shows what does")
+            raise NotFoundError(f"no weights of {name!r} lie in shared memory; `numoe weights list` shows what does")
         chosen += [found for found in of_name if found not in chosen]
     return chosen
 
@@ -135,7 +137,7 @@ def _verified(found: StoredSlice) -> dict[str, Any]:
 
     try:
         places = verify_slice(found.path, len(os.sched_getaffinity(0)))
-        result = f"{len(places)} damaged pieces, the first at byte {places[0]}" if places else "sound"
+        result = f"{count(len(places), 'damaged piece')}, the first at byte {places[0]}" if places else "sound"
     except DataLossError as error:
         result = str(error)
     return {"fingerprint": found.fingerprint, "slice": _name(found), "bytes": found.nbytes, "found": result}

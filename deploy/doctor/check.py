@@ -61,11 +61,6 @@ def gb(nbytes: float) -> str:
     return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
 
 
-def count(number: int, what: str) -> str:
-    """For people: "1 node", "2 nodes"."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
 def ranges(numbers: tuple[int, ...]) -> str:
     """Numbers in the kernel's list format: (0, 1, 2, 8) is "0-2,8"."""
     parts: list[list[int]] = []

@@ -7,21 +7,26 @@ from dataclasses import dataclass
 
 from numoe.cluster.bandwidth import Progress, bandwidth
 from numoe.cluster.plan import Plan, PlanOptions
+from numoe.deploy.console import count
 from numoe.deploy.doctor import gpu, memory, nodes, processor, services
-from numoe.deploy.doctor.check import Check, Host, count, error, gb, ok, warning
+from numoe.deploy.doctor.check import Check, Host, error, gb, ok, warning
 from numoe.deploy.launch import place_model
 from numoe.engine.errors import NumoeError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Questions:
-    """What is asked for: a model, an address to listen on, a store as `serve` takes it, whether to measure again."""
+    """What is asked for: a model, an address to listen on, a store as `serve` takes it, whether to measure again.
+
+    no_path: why the kernels' path that NUMOE_ISA names cannot be taken, empty if it can.
+    """
 
     model: str | None
     listen: str
     store: str | None
     store_endpoint: str | None
     measure: bool
+    no_path: str = ""
 
 
 def examine(host: Host, questions: Questions, progress: Progress | None = None) -> Iterator[Check]:
@@ -30,7 +35,7 @@ def examine(host: Host, questions: Questions, progress: Progress | None = None) 
     endpoint = {} if questions.store_endpoint is None else {"endpoint": questions.store_endpoint}
     checks: dict[str, Callable[[], Check]] = {
         "processor": lambda: processor.check_processor(host),
-        "kernels": lambda: processor.check_kernels(host),
+        "kernels": lambda: processor.check_kernels(host, refused=questions.no_path),
         "cpuset": lambda: processor.check_cpuset(host),
         "cpu_time": lambda: processor.check_cpu_time(host),
         "governor": lambda: processor.check_governor(host),

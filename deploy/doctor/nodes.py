@@ -7,7 +7,8 @@ from datetime import datetime
 
 from numoe.cluster.bandwidth import Bandwidth
 from numoe.cluster.topology import NumaNode
-from numoe.deploy.doctor.check import Check, Host, count, error, gb, ok, warning
+from numoe.deploy.console import count
+from numoe.deploy.doctor.check import Check, Host, error, gb, ok, warning
 from numoe.deploy.doctor.dimms import DMI_TABLE, Slot, count_channels, read_slots
 from numoe.engine import numa
 

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from numoe.deploy.doctor.check import Check, Host, count, error, ok, ranges, warning
+from numoe.deploy.console import count
+from numoe.deploy.doctor.check import Check, Host, error, ok, ranges, warning
 from numoe.engine.cpu.isa import choose_isa, host_isas
-from numoe.engine.errors import InputError
 
 _FEATURES = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
 _CPU = "/sys/devices/system/cpu"
@@ -34,18 +34,19 @@ def check_processor(host: Host) -> Check:
     )
 
 
-def check_kernels(host: Host, available: Sequence[str] | None = None) -> Check:
-    """The instruction set that the kernels use. available: the paths this processor can run, best first."""
+def check_kernels(host: Host, available: Sequence[str] | None = None, refused: str = "") -> Check:
+    """The instruction set that the kernels use.
+
+    available: the paths this processor can run, best first. refused: why NUMOE_ISA cannot be done, if so.
+    """
     available = host_isas() if available is None else available
     fields = host.tree.fields("/proc/cpuinfo")
     flags = f"{fields.get('flags', '')} {fields.get('Features', '')}".split()
     features = [name for name in _FEATURES if name in flags]
     values: dict[str, Any] = {"features": features, "available": list(available)}
-    try:
-        chosen = choose_isa()
-    except InputError as refused:
-        return error("kernels", str(refused), "unset NUMOE_ISA", chosen=None, **values)
-    values["chosen"] = chosen
+    if refused:
+        return error("kernels", refused, "unset NUMOE_ISA", chosen=None, **values)
+    values["chosen"] = chosen = choose_isa()
     text = f"path {chosen} ({', '.join(features) or 'no vector extensions that are known'})"
     if chosen != available[0]:
         return warning("kernels", f"{text}, by NUMOE_ISA; {available[0]} is faster", "unset NUMOE_ISA", **values)
@@ -81,7 +82,7 @@ def check_cpu_time(host: Host) -> Check:
     text = f"a cgroup gives {quota:g} CPUs' time"
     if quota < cores:
         cure = f"raise --cpus or resources.limits.cpu to {cores}, or run with --threads {max(1, int(quota))}"
-        return warning("cpu_time", f"{text} to {cores} cores: all stop when it is used up", cure, cpus=quota)
+        return warning("cpu_time", f"{text} to {count(cores, 'core')}: all stop when it is used up", cure, cpus=quota)
     return ok("cpu_time", text, cpus=quota)
 
 
@@ -102,7 +103,8 @@ def check_governor(host: Host) -> Check:
         governors[governor or ""] += number
     slow = [kind for kind in found if _is_slow(*kind)]
     text = ", ".join(
-        f"{governor}{f' with {preference}' if preference else ''} ({driver or 'unknown driver'}) on {number} CPUs"
+        f"{governor}{f' with {preference}' if preference else ''} ({driver or 'unknown driver'}) "
+        f"on {count(number, 'CPU')}"
         for (driver, governor, preference), number in found.items()
     )
     if slow:

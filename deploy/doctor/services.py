@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import secrets
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Sequence
@@ -18,12 +17,11 @@ import psutil
 from numoe.actors.gateway.listen import ListenAddress, parse_listen, require_free
 from numoe.deploy.commands.caching import NO_STORE, default_store
 from numoe.deploy.doctor.check import Check, error, gb, ok, warning
-from numoe.deploy.raylets import Raylet, find_raylets
+from numoe.deploy.raylets import Raylet, find_raylets, head_answers
 from numoe.engine.cpu.isa import cache_root, spare_kernels
 from numoe.engine.errors import AccessError, InputError, NumoeError, ResourceError
 from numoe.engine.store import open_store
 
-_CONNECTS_WITHIN_S = 3.0
 _STORE_ANSWERS_WITHIN_S = 10.0
 _LEAST_FREE = 1 << 30
 _PROBE = b"numoe doctor"
@@ -33,14 +31,15 @@ def check_ray(raylets: Sequence[Raylet] | None = None) -> Check:
     """Ray's version, which cluster `numoe serve` would join, and room for its session."""
     raylets = find_raylets() if raylets is None else raylets
     wanted = os.environ.get("RAY_ADDRESS", "")
-    shared = [raylet.gcs_address for raylet in raylets if not raylet.private]
-    private = len(raylets) - len(shared)
+    shared = [raylet.gcs_address for raylet in raylets if raylet.may_be_joined]
+    private = sum(raylet.private for raylet in raylets)
+    headless = sorted({raylet.gcs_address for raylet in raylets if not raylet.private} - set(shared))
     free = shutil.disk_usage(tempfile.gettempdir()).free
     values = {"version": _version("ray"), "address": wanted or next(iter(shared), None), "own": private}
     if values["version"] is None:
         return error("ray", "not installed", "pip install ray", **values)
     text = f"Ray {values['version']}"
-    if wanted and wanted != "local" and not _answers(wanted):
+    if wanted and wanted != "local" and not head_answers(wanted):
         return error("ray", f"{text}; nothing answers at RAY_ADDRESS={wanted}", "unset it, or `ray start`", **values)
     if values["address"] and wanted != "local":
         text = f"{text}, the cluster at {values['address']} would be joined"
@@ -48,6 +47,9 @@ def check_ray(raylets: Sequence[Raylet] | None = None) -> Check:
         text = f"{text}, no cluster here: numoe starts its own"
     if private:
         text = f"{text}; {private} of other numoe servers"
+    if headless:
+        text = f"{text}; a node is here of a cluster whose head at {headless[0]} does not answer"
+        return warning("ray", text, "`ray stop`, or wait a minute: Ray ends it by itself", **values)
     if free < _LEAST_FREE:
         cure = "free some, or set TMPDIR to a folder with more"
         return warning("ray", f"{text}; {tempfile.gettempdir()} has {gb(free)} left for its logs", cure, **values)
@@ -59,18 +61,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _answers(address: str) -> bool:
-    """Whether somebody listens at a Ray address; "auto" and names without a port are not asked."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not colon or not port.isdigit():
-        return True
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), _CONNECTS_WITHIN_S).close()
-    except OSError:
-        return False
-    return True
 
 
 def check_port(listen: str) -> Check:

@@ -71,9 +71,10 @@ def test_a_value_that_makes_no_sense_names_its_flag(model: Path, flag: str, opti
 
 def test_missing_memory_is_named(model: Path) -> None:
     placed = plan(model)
-    check_memory(placed, available=placed.total_bytes, shared=placed.shared_bytes)
+    needed = placed.total_bytes + placed.process_bytes
+    check_memory(placed, available=needed, shared=placed.shared_bytes)
     with pytest.raises(ResourceError, match=r"0\.50 GB is missing.*--ctx-size"):
-        check_memory(placed, available=placed.total_bytes - 500_000_000, shared=1 << 40)
+        check_memory(placed, available=needed - 500_000_000, shared=1 << 40)
     with pytest.raises(ResourceError, match=r"shared memory.*--shm-size"):
         check_memory(placed, available=1 << 40, shared=placed.shared_bytes - 1)
 
@@ -167,7 +168,7 @@ def test_what_is_counted_is_what_is_allocated(
 def test_prompts_get_no_more_memory_than_the_model_leaves(model: Path) -> None:
     placed = plan(model, cache=CacheOptions(cache_ram_bytes=1000))
     for left, bound in ((5000, 1000), (300, 300), (-7, 0)):
-        assert fit_cache(placed, placed.total_bytes + left).cache.cache_ram_bytes == bound
+        assert fit_cache(placed, placed.total_bytes + placed.process_bytes + left).cache.cache_ram_bytes == bound
 
 
 def test_what_is_kept_of_a_full_context_must_leave_room(model: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import grpc
 import pytest
 
 from numoe.deploy.client import Client
@@ -226,3 +227,33 @@ def test_the_client_imports_fast_and_alone() -> None:
     script = "import sys, numoe.deploy.commands.generate; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert not {"ray", "numba", "numpy", "tokenizers", "rich.table"} & set(done.stdout.split())
+
+
+class Cut(grpc.RpcError):
+    """What gRPC raises when a connection ends: a call that yields `messages` before that."""
+
+    def __init__(self, *messages: str) -> None:
+        self.messages, self.cancelled = messages, False
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.messages
+        raise self
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self) -> str:
+        return "Socket closed"
+
+    def trailing_metadata(self) -> tuple[()]:
+        return ()
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+@pytest.mark.parametrize(("call", "told"), [(Cut(), "no numoe server answers"), (Cut("a", "b"), "in the middle")])
+def test_a_server_that_goes_away_is_told_from_one_that_is_not_there(call: Cut, told: str) -> None:
+    with Client("127.0.0.1:1") as client, pytest.raises(UnavailableError, match=told):
+        list(client._stream(call))
+    assert call.cancelled

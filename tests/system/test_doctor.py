@@ -52,6 +52,14 @@ def test_an_error_is_the_exit_status(tmp_path: Path) -> None:
     assert (code, checks["model"]["state"]) == (1, "error")
 
 
+def test_kernels_that_cannot_run_are_one_line_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NUMOE_ISA", "sse9")
+    code, checks = examine("--store", "none", "--listen", "127.0.0.1:0")
+    assert (code, list(checks)) == (1, NAMES)
+    assert [name for name, check in checks.items() if check["state"] == "error"] == ["kernels"]
+    assert checks["kernels"]["text"].startswith("NUMOE_ISA=sse9 cannot run on this CPU; choose one of ")
+
+
 def test_a_server_that_runs_is_recognized(server: ServeProcess) -> None:
     code, checks = examine("--store", "none", "--listen", server.address)
     assert code == 0

@@ -32,9 +32,17 @@ def test_no_cluster() -> None:
     assert found.values["version"] in found.text
 
 
-def test_a_cluster_that_runs_is_joined_and_those_of_other_servers_are_not() -> None:
-    found = check_ray([Raylet(1, "10.0.0.1:7777", f"{PRIVATE_TEMP}/9"), Raylet(2, "10.0.0.1:6379", "/tmp/ray")])
-    assert (found.state, found.values["address"], found.values["own"]) == ("ok", "10.0.0.1:6379", 1)
+def test_a_cluster_that_runs_is_joined_and_those_of_other_servers_are_not(listener: int) -> None:
+    head = f"127.0.0.1:{listener}"
+    found = check_ray([Raylet(1, head, f"{PRIVATE_TEMP}/9"), Raylet(2, head, "/tmp/ray")])
+    assert (found.state, found.values["address"], found.values["own"]) == ("ok", head, 1)
+
+
+def test_a_cluster_whose_head_has_died_is_not_joined() -> None:
+    found = check_ray([Raylet(2, "127.0.0.1:1", "/tmp/ray")])
+    assert (found.state, found.values["address"], found.values["own"]) == ("warning", None, 0)
+    assert "starts its own" in found.text
+    assert "ray stop" in found.cure
 
 
 def test_an_address_where_nobody_answers(monkeypatch: pytest.MonkeyPatch, listener: int) -> None:
