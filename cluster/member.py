@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -143,6 +143,22 @@ class Member:
             ray.kill(self.handle)
         if self.is_local:
             end_processes([self.pid])
+
+
+class Replaced:
+    """Which actors other processes have taken the place of, as a server's record is looked at from time to time."""
+
+    def __init__(self) -> None:
+        self._pids: dict[str, int] = {}
+
+    def lines(self, record: ServerRecord) -> Iterator[str]:
+        """What there is to tell since the last look."""
+        running = {member.name: member.pid for member in record.members if member.state == "running"}
+        for name, pid in (running | {"supervisor": record.pid}).items():
+            before = self._pids.setdefault(name, pid)
+            if pid != before:
+                yield f"{name} (pid {before}) died or hung; pid {pid} has taken its place"
+                self._pids[name] = pid
 
 
 def end_processes(pids: Iterable[int]) -> None:

@@ -24,7 +24,7 @@ from numoe.actors.expert import ExpertActor
 from numoe.actors.gateway.actor import GatewayActor
 from numoe.cluster.endpoint import Endpoint
 from numoe.cluster.heartbeats import Pulse
-from numoe.cluster.member import ServerRecord, end_processes, is_local, is_stopped
+from numoe.cluster.member import Replaced, ServerRecord, end_processes, is_local, is_stopped
 from numoe.cluster.placing import NAMESPACE, ActorClasses, kill_actors
 from numoe.cluster.plan import Plan
 from numoe.cluster.status import TAKE_DOWN_S, LoadProgress
@@ -41,6 +41,7 @@ _OWN_TEMP_DIR = f"{PRIVATE_TEMP}/{os.getpid()}"
 _OWNER_VARIABLE = "NUMOE_RAY_OWNER"
 _OBJECT_STORE_BYTES = 128 << 20  # Ray's default is 30 % of memory, and lies where the weights lie
 _LOOK_S = 0.5
+_RAY_ON_DEATHS = "A worker died or was killed"
 _RESTART_S = 30.0  # in which Ray has restarted a supervisor
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -64,9 +65,10 @@ def start_ray() -> bool:
 
 
 def _print_to_stderr(data: dict[str, Any], **_: Any) -> None:
-    """Print lines that Ray has for the driver."""
+    """Print lines that Ray has for the driver, but its long words about each death: `Server.wait` tells of those."""
     for line in data["lines"]:
-        print(f"ray: {line}", file=sys.stderr, flush=True)
+        if not line.startswith(_RAY_ON_DEATHS):
+            print(f"ray: {line}", file=sys.stderr, flush=True)
 
 
 def stop_ray() -> None:
@@ -181,10 +183,11 @@ class Server:
     def wait(self, stop: threading.Event) -> str:
         """Block until the server is down or `stop` is set; why it is down, empty if it was told to stop.
 
-        The supervisor watches the others; here it is watched. Ray starts it again when it dies. Where Ray itself
-        has died, everything is cleaned up and the process ends.
+        The supervisor watches the others, and whom it replaces is told; here it is watched. Ray starts it again
+        when it dies. Where Ray itself has died, everything is cleaned up and the process ends.
         """
         ended, looks, pulse = self.supervisor.wait.remote(), 0, Pulse(self.supervisor)
+        replaced = Replaced()
         while not stop.is_set():
             if why := self._head.why_lost():
                 self.end_processes()
@@ -196,6 +199,8 @@ class Server:
                     time.sleep(_LOOK_S)
                     ended = self.supervisor.wait.remote()
             record = ServerRecord.load(shm.ROOT / self.instance)
+            for line in replaced.lines(record) if record else ():
+                print(f"numoe: {line}", file=sys.stderr, flush=True)
             looks = looks + 1 if record and is_stopped(record.pid, record.host) else 0
             if record and (looks > 1 or pulse.why_hung()):
                 if is_local(record.pid, record.host):

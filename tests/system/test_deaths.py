@@ -41,6 +41,8 @@ def lasting(tiny_model: Path) -> Iterator[ServeProcess]:
     assert [told.error for told in streams.join()] == [None] * STREAMS, "they had the time that they were given"
     code, errors = server.stop()
     assert code == 0, errors
+    assert "numoe: supervisor (pid " in errors
+    assert "A worker died" not in errors, "of each death one line is enough"
     assert server.output == "", "what there is to say of deaths is said elsewhere"
     assert server.left_over() == []
 
