@@ -76,6 +76,10 @@ class Store(ABC):
         """The bytes of an object."""
         return self._do(f"reading {key}", lambda: self._get(check_key(key)))
 
+    def get_first(self, key: str, nbytes: int) -> memoryview:
+        """The first `nbytes` (at least 1) bytes of an object, which must have as many; the others are not moved."""
+        return self._do(f"reading {key}", lambda: self._get_first(check_key(key), nbytes))
+
     def get_versioned(self, key: str) -> tuple[memoryview, str]:
         """The bytes of an object and its version, for `put_if`."""
         return self._do(f"reading {key}", lambda: self._get_versioned(check_key(key)))
@@ -127,6 +131,9 @@ class Store(ABC):
 
     @abstractmethod
     def _get(self, key: str) -> memoryview: ...
+
+    @abstractmethod
+    def _get_first(self, key: str, nbytes: int) -> memoryview: ...
 
     @abstractmethod
     def _get_versioned(self, key: str) -> tuple[memoryview, str]: ...

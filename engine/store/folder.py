@@ -87,12 +87,10 @@ class FolderStore(Store):
         return blake3(view).hexdigest()
 
     def _get(self, key: str) -> memoryview:
-        with (self._root / key).open("rb", buffering=0) as file:
-            data = np.empty(os.fstat(file.fileno()).st_size, np.uint8)  # large arrays get huge pages
-            filled = 0
-            while filled < data.size and (count := file.readinto(data[filled:].data)):
-                filled += count
-        return data[:filled].data.toreadonly()
+        return self._read(key, None)
+
+    def _get_first(self, key: str, nbytes: int) -> memoryview:
+        return self._read(key, nbytes)
 
     def _get_versioned(self, key: str) -> tuple[memoryview, str]:
         data = self._get(key)
@@ -122,6 +120,16 @@ class FolderStore(Store):
         with self._locked(key), contextlib.suppress(FileNotFoundError):
             path.unlink()
             _flush_folder(path.parent)
+
+    def _read(self, key: str, nbytes: int | None) -> memoryview:
+        """The first bytes of an object, all for None."""
+        with (self._root / key).open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size if nbytes is None else nbytes
+            data = np.empty(size, np.uint8)  # large arrays get huge pages
+            filled = 0
+            while filled < data.size and (count := file.readinto(data[filled:].data)):
+                filled += count
+        return data[:filled].data.toreadonly()
 
     def _stage(self, view: memoryview) -> Path:
         """Write bytes to a file of no name yet, and to the disk."""

@@ -41,6 +41,12 @@ class RemoteStore(Store):
     def _get(self, key: str) -> memoryview:
         return self._get_versioned(key)[0]
 
+    def _get_first(self, key: str, nbytes: int) -> memoryview:
+        async def read() -> memoryview:
+            return memoryview(await obstore.get_range_async(self._store, key, start=0, length=nbytes))
+
+        return self._run(f"reading {key}", read())
+
     def _get_versioned(self, key: str) -> tuple[memoryview, str]:
         async def read() -> tuple[memoryview, str]:
             result = await obstore.get_async(self._store, key)

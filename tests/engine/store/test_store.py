@@ -116,7 +116,18 @@ def test_a_deleted_object_is_gone(store: Store) -> None:
     assert store.put_new("a/b", b"2") is True
 
 
-@pytest.mark.parametrize("operation", [Store.get, Store.get_versioned, Store.head])
+@pytest.mark.parametrize("size", [1, 9, 100_000])
+def test_the_first_bytes_come_alone(store: Store, size: int) -> None:
+    data = np.random.default_rng(size).bytes(100_000)
+    store.put_new("a/b", data)
+    assert store.get_first("a/b", size) == data[:size]
+
+
+def _get_first(store: Store, key: str) -> memoryview:
+    return store.get_first(key, 1)
+
+
+@pytest.mark.parametrize("operation", [Store.get, _get_first, Store.get_versioned, Store.head])
 def test_a_missing_object_is_not_found(store: Store, operation: Callable[[Store, str], object]) -> None:
     with pytest.raises(NotFoundError, match=r"a/missing failed: .*check the name"):
         operation(store, "a/missing")
