@@ -37,8 +37,9 @@ class Caching:
     store_endpoint
         URL of the s3:// or az:// server, where it is not Amazon's or Microsoft's.
     cache_store_limit
-        Bytes of prompts in the store at most, such as 500G; the least recently used go first. 64G if not given,
-        "none" or 0 for no limit. Snapshots are never removed for it.
+        Bytes of prompts in the store at most, such as 500G; the least recently used go first, the end of a
+        conversation before its beginning. 64G if not given, "none" or 0 for no limit. Snapshots are never removed
+        for it.
     cache_ram
         MiB of host memory for prompts at most, never more than the model leaves free. -1 for no other limit, 0 for
         none; 8192 if not given, but at most a quarter of the memory.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 _REMEMBERED: Final = 1 << 16  # chunks: 16 M tokens
+STEP_S: Final = 1e-4
+"""By which a chunk counts as used after the one behind it."""
 
 
 class Lineage:
@@ -39,3 +41,26 @@ class Lineage:
                 chain.append(at)
                 at = self._before.get(at)
         return chain[::-1]
+
+
+def beginnings_last(used: Mapping[bytes, float], before: Mapping[bytes, bytes]) -> dict[bytes, float]:
+    """Those of `used` that count as used later: each chunk was used after all behind it, as they are of no use without.
+
+    used: when chunks were, in seconds. before: the chunk in front of some of them. Takes a time that grows as
+    their number does; chunks that claim to be in front of each other, as none can be, stay as they are.
+    """
+    behind = Counter(front for key, front in before.items() if key in used and front in used)
+    ends = [key for key in used if not behind[key]]
+    later = dict[bytes, float]()
+    while ends:
+        key = ends.pop()
+        front = before.get(key)
+        if front is None or front not in used:
+            continue
+        at = later.get(key, used[key]) + STEP_S
+        if at > later.get(front, used[front]):
+            later[front] = at
+        behind[front] -= 1
+        if not behind[front]:
+            ends.append(front)
+    return later

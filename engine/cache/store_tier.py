@@ -9,16 +9,18 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from numoe.engine.cache.claims import REMOVES_WITHIN_S, Claims
 from numoe.engine.cache.health import Health
+from numoe.engine.cache.lineage import STEP_S, beginnings_last
 from numoe.engine.cache.manifests import Chain
 from numoe.engine.errors import NotFoundError, NumoeError, ResourceError, UnavailableError
 from numoe.engine.store import Store
+from numoe.engine.store.chunks import FIXED_BYTES, UNKNOWN_KEY, Provenance
 from numoe.engine.store.keys import CHUNKS, chunk_path
 
 if TYPE_CHECKING:
@@ -30,21 +32,26 @@ _SHARE: Final = 32
 _BATCH: Final = 1024
 _DELETERS: Final = 16
 """Chunks removed after one announcement, and how many of them at a time."""
+_PEEKERS: Final = 16
+_PEEKS_FOR_S: Final = 5.0
+"""How many objects are asked at a time which chunk is in front of theirs, and for how long when room is made."""
 _NO_ROOM: Final = "snapshots take up the {limit} bytes for chunks: remove some, or raise --cache-store-limit"
-
-
-_STEP_S: Final = 1e-4  # by which a chunk counts as used before the one in front of it
 _SLOW: Final = "store {url}: no room is made in it, as it takes longer than {bound:g} s to look what is needed"
 
 
 @dataclass
 class _Known:
-    """What is known of a chunk; listed: all of it from a listing, `used` being the time when it was written."""
+    """What is known of a chunk.
+
+    listed: all of it from a listing, `used` being the time when it was written. before: the chunk in front,
+    UNKNOWN_KEY if there is none or nobody can tell, None if that was not asked.
+    """
 
     nbytes: int
     used: float
     learned: float
     listed: bool = True
+    before: bytes | None = None
 
 
 class StoreTier:
@@ -141,7 +148,7 @@ class StoreTier:
         with self._lock:
             for number, key in enumerate(keys):
                 if (known := self._known.get(key)) is not None:
-                    known.used, known.listed = now - _STEP_S * number, False
+                    known.used, known.listed = now - STEP_S * number, False
 
     # --- reading and writing ----------------------------------------------------------------------
 
@@ -210,31 +217,75 @@ class StoreTier:
     def _make_room(self, nbytes: int, limit: int) -> None:
         """Remove the chunks used longest ago that no snapshot needs, until `nbytes` more fit."""
         self.list_chunks()  # others may have made room already
-        self._order_listed()
+        self._order_known()
         needed, spared = nbytes + self._reserved, self.pinned()
+        self._order_listed(self._oldest(spared))
         while self._bytes + needed > limit - limit // _SHARE:
-            with self._lock:
-                oldest = sorted((k.used, key, k.nbytes) for key, k in self._known.items() if key not in spared)
             victims, left = [], self._bytes + needed - int(_ROOM * limit)
-            for _, key, freed in oldest[:_BATCH]:
+            for key in self._oldest(spared)[:_BATCH]:
                 if left <= 0:
                     break
                 victims.append(key)
-                left -= freed
+                left -= self._size(key)
             if not victims:
                 raise ResourceError(_NO_ROOM.format(limit=limit))
             spared |= self._remove(victims)
 
-    def _order_listed(self) -> None:
-        """Say when chunks were used that were only listed: they were written beginning first, and go end first."""
-        used = dict[bytes, float]()
+    def _oldest(self, spared: set[bytes]) -> list[bytes]:
+        """All chunks but those that are spared, the one used longest ago first."""
+        with self._lock:
+            return [key for _, key in sorted((k.used, key) for key, k in self._known.items() if key not in spared)]
+
+    def _size(self, key: bytes) -> int:
+        known = self._known.get(key)
+        return 0 if known is None else known.nbytes
+
+    def _order_known(self) -> None:
+        """Say when chunks were used that were only listed, but that conversations in the store name."""
+        used, before = dict[bytes, float](), dict[bytes, bytes]()
         for chain in self.chains():
+            before.update(zip(chain.keys, (UNKNOWN_KEY, *chain.keys), strict=False))
             for number, key in enumerate(chain.keys):
-                used[key] = max(used.get(key, 0.0), chain.used - _STEP_S * number)
+                used[key] = max(used.get(key, 0.0), chain.used - STEP_S * number)
         with self._lock:
             for key, at in used.items():
-                if (known := self._known.get(key)) is not None and known.listed:
-                    known.used = at
+                if (known := self._known.get(key)) is not None:
+                    known.before = before[key]
+                    if known.listed:
+                        known.used = at
+
+    def _order_listed(self, oldest: Sequence[bytes]) -> None:
+        """Let the ends of conversations go first, although their beginnings were written first.
+
+        oldest: those of which it is to be known what is in front of them. Each object is asked once only; where there
+        is no time for all of them, the others come next time, and until then may go or stay as if nothing were behind.
+        """
+        with self._lock:
+            found = [(key, self._known.get(key)) for key in oldest]
+        unasked = [key for key, known in found if known is not None and known.listed and known.before is None]
+        until = time.monotonic() + _PEEKS_FOR_S
+        if unasked:
+            with ThreadPoolExecutor(_PEEKERS, "cache-peek") as pool:
+                for start in range(0, len(unasked), _BATCH):
+                    if time.monotonic() < until:
+                        list(pool.map(self._peek, unasked[start : start + _BATCH]))
+        with self._lock:
+            before = {key: known.before for key, known in self._known.items() if known.before}
+            used = {key: known.used for key, known in self._known.items()}
+            for key, at in beginnings_last(used, before).items():
+                self._known[key].used = at
+
+    def _peek(self, key: bytes) -> None:
+        """Learn from the object of a chunk what is in front of it; errors as `Store.get_first`, none if it is gone."""
+        found: Provenance | None = None
+        if self._size(key) >= FIXED_BYTES:
+            try:
+                found = Provenance.peek(self.store.get_first(chunk_path(key), FIXED_BYTES))
+            except NotFoundError:
+                self.forget(key)
+        with self._lock:
+            if (known := self._known.get(key)) is not None:
+                known.before = found.before if found is not None else UNKNOWN_KEY
 
     def _remove(self, victims: list[bytes]) -> set[bytes]:
         """Remove chunks, but for those that snapshots need or are about to; these.

@@ -35,7 +35,7 @@ ROUNDING_BYTES: Final = 16
 UNKNOWN_KEY: Final = bytes(KEY_BYTES)
 UNKNOWN_ROUNDING: Final = bytes(ROUNDING_BYTES)
 FIXED_BYTES: Final = _FIXED.size
-"""At the beginning of an object, in which `Provenance.peek` finds what it tells."""
+"""At the beginning of an object: all that `Provenance.peek` has to see."""
 _CURE: Final = "what it held is computed again when a prompt needs it"
 
 
@@ -79,14 +79,17 @@ def rounding_of(*parts: object) -> bytes:
     return blake3("\n".join(map(str, parts)).encode()).digest(ROUNDING_BYTES)
 
 
-def encode_chunk(key: bytes, kv_type: str, layers: Sequence[Buffer], tokens: int = PAGE_TOKENS) -> memoryview:
+def encode_chunk(
+    key: bytes, kv_type: str, layers: Sequence[Buffer], tokens: int = PAGE_TOKENS,
+    provenance: Provenance = Provenance(),  # noqa: B008 - immutable
+) -> memoryview:  # fmt: skip
     """The object of chunk `key`. layers: the canonical bytes of each layer, all of one size."""
     rows = [np.frombuffer(memoryview(layer), np.uint8) for layer in layers]
     sizes = {row.size for row in rows}
     if len(sizes) != 1:
         raise ValueError(f"the layers of a chunk must be of one size, not {sorted(sizes)}")
     shape = ChunkShape(kv_type, len(rows), sizes.pop(), tokens)
-    return build_chunk(key, shape, lambda out: np.concatenate(rows, out=out))
+    return build_chunk(key, shape, lambda out: np.concatenate(rows, out=out), provenance)
 
 
 def build_chunk(
@@ -111,7 +114,7 @@ def decode_chunk(data: Buffer, key: bytes, shape: ChunkShape) -> list[memoryview
     """The layers of chunk `key`: views of `data`, one for each layer, all checksums verified.
 
     Raises DataLossError, which names the chunk and the layer, for anything that is damaged,
-    truncated or another chunk, and UnsupportedError for a newer format.
+    truncated or another chunk, and UnsupportedError for another format.
     """
     view = memoryview(data).cast("B").toreadonly()
     header = _Header.read(view, key)
@@ -150,8 +153,9 @@ class _Header:
         if blake3(view[: size - _CHECKSUM]).digest() != view[size - _CHECKSUM : size]:
             raise _damaged(key, "fails the checksum of its header")
         if version != FORMAT_VERSION:
+            cure = "use a newer numoe" if version > FORMAT_VERSION else _CURE
             raise UnsupportedError(
-                f"KV chunk {key.hex()} has format {version}, where {FORMAT_VERSION} is read; use a newer numoe"
+                f"KV chunk {key.hex()} has format {version}, where {FORMAT_VERSION} is read; {cure}"
             )
         table = bytes(view[_FIXED.size : size - _CHECKSUM])
         checksums = tuple(table[at : at + _CHECKSUM] for at in range(0, len(table), _CHECKSUM))

@@ -18,7 +18,7 @@ from numoe.engine.cache.archive import NAME
 from numoe.engine.cache.snapshots import conversation_of
 from numoe.engine.scheduler.conversation import Conversation
 from numoe.engine.store import Store
-from numoe.engine.store.chunks import ChunkShape, decode_chunk, encode_chunk
+from numoe.engine.store.chunks import UNKNOWN_KEY, ChunkShape, Provenance, decode_chunk, encode_chunk
 from numoe.engine.store.manifest import Manifest, Origin, decode_manifest
 
 
@@ -79,10 +79,10 @@ class Talk:
     def salted(self, salt: bytes) -> tuple[Conversation, dict[bytes, memoryview]]:
         """The same conversation under another salt, and its chunks' objects."""
         conversation = conversation_of(msgspec.structs.replace(self.manifest, salt=salt))
-        objects = {
-            key: encode_chunk(key, self.origin.kv_type, layers, len(conversation.chunk(number)))
-            for number, (key, layers) in enumerate(zip(conversation.all_keys, self.layers, strict=True))
-        }
+        kv_type, before, objects = self.origin.kv_type, UNKNOWN_KEY, dict[bytes, memoryview]()
+        for number, (key, layers) in enumerate(zip(conversation.all_keys, self.layers, strict=True)):
+            objects[key] = encode_chunk(key, kv_type, layers, len(conversation.chunk(number)), Provenance(before))
+            before = key
         return conversation, objects
 
 

@@ -15,14 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from numoe.engine.cache import RamTier, StoreTier, store_tier
-from numoe.engine.cache.lineage import Lineage
+from numoe.engine.cache.lineage import Lineage, beginnings_last
 from numoe.engine.cache.manifests import Manifests
 from numoe.engine.cache.snapshots import Progress
 from numoe.engine.errors import NotFoundError, ResourceError, UnavailableError
+from numoe.engine.kv.pages import PAGE_TOKENS
 from numoe.engine.scheduler.conversation import Parked
 from numoe.engine.scheduler.load import Load, Tail
 from numoe.engine.store import Store, open_store
-from numoe.engine.store.keys import chunk_path
+from numoe.engine.store.chunks import ChunkShape, Provenance, build_chunk
+from numoe.engine.store.keys import chain_keys, chunk_path
 from tests.engine.cache.conftest import Story
 from tests.engine.cache.support import Interrupted, Saver, Talk
 
@@ -74,6 +76,25 @@ def test_the_end_of_a_prompt_goes_before_its_beginning() -> None:
         here = [[key in ram for key in prompt] for prompt in (one, other)]
         assert here == [sorted(prompt, reverse=True) for prompt in here]
         assert all(here[keys is other])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 3)), min_size=12, max_size=12))
+def test_beginnings_count_as_used_after_their_ends(told: list[tuple[int, int]]) -> None:
+    """What objects tell may be wrong, too: chunks that go round in a ring end nothing, and nothing waits for them."""
+    used = {key: float(at) for key, (_, at) in zip(KEYS, told, strict=True)}
+    before = {key: bytes([front]) * 32 for key, (front, _) in zip(KEYS, told, strict=True)}
+    later = used | beginnings_last(used, before)
+    chains = {key: [key] for key in KEYS}
+    for chain in chains.values():
+        while (front := before[chain[-1]]) in chains and front not in chain:
+            chain.append(front)
+    rings = {key for key, chain in chains.items() if before[chain[-1]] == key}
+    for key in KEYS:
+        behind = max(used[other] for other in KEYS if key in chains[other])
+        assert used[key] <= later[key] < behind + 1.0, "nobody behind was used so late"
+        if key not in rings:
+            assert all(later[key] > later[other] for other in KEYS if before[other] == key)
 
 
 @contextmanager
@@ -172,6 +193,48 @@ def test_what_was_only_listed_goes_end_first_too(story: Story, open_again: Calla
         saver.tier.write(b"x" * 32, bytes(full))
     there = [open_again().exists(chunk_path(key)) for key in conversation.all_keys]
     assert there == [True, True, False]
+
+
+def test_what_nobody_names_goes_end_first_too(story: Story, open_again: Callable[[], Store]) -> None:
+    """Other servers wrote two conversations by turns, beginning first, and were killed before they parked any."""
+    talk = Talk.read(story.files[1])
+    full = talk.pages.shape(256).object_bytes
+    (one, mine), (other, theirs) = (talk.salted(salt) for salt in (b"one", b"other"))
+    with saver_of(talk, open_again()) as before:
+        for pair in zip(mine.items(), theirs.items(), strict=True):
+            for key, data in pair:
+                before.tier.write(key, data)
+    with saver_of(talk, open_again(), 6 * full) as saver:
+        for number in range(4):
+            saver.tier.write(bytes([number]) * 32, bytes(full))
+            there = [[open_again().exists(chunk_path(key)) for key in keys] for keys in (one.all_keys, other.all_keys)]
+            assert there == [sorted(chain, reverse=True) for chain in there], "a beginning went before its end"
+    assert 0 < sum(map(sum, there)) < 3
+
+
+def test_objects_are_asked_once_what_is_in_front_of_theirs_and_not_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape, count, root = ChunkShape("f16/f16", 1, 1000), 120, bytes(32)
+    keys = chain_keys(root, [7] * PAGE_TOKENS * count)
+    for key, before in zip(keys, (root, *keys), strict=False):
+        data = build_chunk(key, shape, lambda out: out.fill(0), Provenance(before))
+        open_store(tmp_path).put_new(chunk_path(key), data)
+    store, asked = open_store(tmp_path), list[str]()
+    get_first = store.get_first
+    monkeypatch.setattr(store, "get_first", lambda key, size: (asked.append(key), get_first(key, size))[1])
+    monkeypatch.setattr(store_tier, "_BATCH", 30)
+    tier = StoreTier(store, count * shape.object_bytes)
+    with monkeypatch.context() as patch:
+        patch.setattr(store_tier, "_PEEKS_FOR_S", 0.0)
+        tier.write(b"0" * 32, bytes(shape.object_bytes))
+    assert not asked
+    for number in range(1, 4):
+        tier.write(bytes([number]) * 32, bytes(9 * shape.object_bytes))
+        there = [store.exists(chunk_path(key)) for key in keys]
+        there = there[there.index(True) :]  # the first ones went before it was known what is behind them
+        assert there == sorted(there, reverse=True)
+        assert 100 < len(asked) == len(set(asked)) < count
 
 
 def test_making_room_in_a_store_that_is_too_slow_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

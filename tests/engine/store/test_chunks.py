@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from numoe.engine.errors import DataLossError, UnsupportedError
-from numoe.engine.store.chunks import ChunkShape, build_chunk, decode_chunk, encode_chunk
+from numoe.engine.store.chunks import ChunkShape, Provenance, build_chunk, decode_chunk, encode_chunk
 
 KEY = bytes(range(32))
 SHAPE = ChunkShape("q8_0/f16", layers=3, layer_bytes=40)
@@ -80,12 +80,14 @@ def test_another_chunk_under_this_name_is_refused() -> None:
         decode_chunk(OBJECT, b"\xff" * 32, SHAPE)
 
 
-def test_a_newer_format_is_not_called_damage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("numoe.engine.store.chunks.FORMAT_VERSION", 3)
-    newer = encode_chunk(KEY, SHAPE.kv_type, LAYERS)
+@pytest.mark.parametrize(("version", "cure"), [(3, "use a newer numoe"), (1, "is computed again")])
+def test_another_format_is_not_called_damage(monkeypatch: pytest.MonkeyPatch, version: int, cure: str) -> None:
+    monkeypatch.setattr("numoe.engine.store.chunks.FORMAT_VERSION", version)
+    other = encode_chunk(KEY, SHAPE.kv_type, LAYERS)
     monkeypatch.undo()
-    with pytest.raises(UnsupportedError, match="format 3, where 2 is read"):
-        decode_chunk(newer, KEY, SHAPE)
+    with pytest.raises(UnsupportedError, match=f"format {version}, where 2 is read; .*{cure}"):
+        decode_chunk(other, KEY, SHAPE)
+    assert Provenance.peek(other) is None
 
 
 def test_layers_of_different_sizes_make_no_chunk() -> None:
