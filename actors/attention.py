@@ -233,26 +233,32 @@ def _tiers(plan: Plan, gguf: GgufFile, folder: Path) -> dict[str, Any]:
     if not (cache.store_url or cache.cache_ram_bytes or cache.prompt_cache_file):
         return {}
     from numoe.engine.cache import RamTier, StoreTier
-    from numoe.engine.cpu.isa import choose_isa
     from numoe.engine.store import open_store
-    from numoe.engine.store.chunks import rounding_of
     from numoe.engine.store.fingerprint import ModelFingerprint
     from numoe.engine.store.manifest import Origin
     from numoe.engine.store.portable import kv_type_name
     from numoe.engine.weights import linked_contents
 
-    rounding = rounding_of(
-        f"gpu {plan.gpu.capability}" if plan.gpu else choose_isa(), len(plan.shards), plan.gpu_layers
-    )
     read = linked_contents(folder, gguf.tensors)
     fingerprint = ModelFingerprint.from_gguf(gguf, read=read, threads=plan.attention_threads)
-    tiers: dict[str, Any] = {"origin": Origin.of(fingerprint, kv_type_name(plan.kv_type)), "rounding": rounding}
+    tiers: dict[str, Any] = {
+        "origin": Origin.of(fingerprint, kv_type_name(plan.kv_type)), "rounding": _rounding(plan),
+    }  # fmt: skip
     if cache.cache_ram_bytes:
         tiers["ram"] = RamTier(cache.cache_ram_bytes)
     if cache.store_url:
         options: dict[str, Any] = {"endpoint": cache.store_endpoint} if cache.store_endpoint else {}
         tiers["tier"] = StoreTier(open_store(cache.store_url, **options), cache.store_limit_bytes)
     return tiers
+
+
+def _rounding(plan: Plan) -> bytes:
+    """What decides how sums are rounded: the machine code, the GPU, and how the experts are divided."""
+    from numoe.engine.cpu.isa import choose_isa, kernel_cache_dir
+    from numoe.engine.store.chunks import rounding_of
+
+    gpu = plan.gpu and (plan.gpu.name, plan.gpu.capability, plan.gpu.sms)
+    return rounding_of(kernel_cache_dir(choose_isa()).name, gpu, len(plan.shards), plan.gpu_layers)
 
 
 def _forward_of(plan: Plan) -> Callable[..., Forward]:

@@ -53,8 +53,11 @@ class Loaded(NamedTuple):
 class PageBroker(Protocol):
     """Lends pages that hold what is published, from any thread."""
 
-    def borrow(self, key: bytes) -> tuple[int, int] | None:
-        """The page under `key` and the tokens in it, or None; nobody changes it until `give_back`."""
+    def borrow(self, key: bytes) -> tuple[int, int, bool] | None:
+        """The page under `key`, the tokens in it and whether it is foreign (`Layers`); None if there is none.
+
+        Nobody changes it until `give_back`.
+        """
 
     def give_back(self, page: int) -> None:
         """Let go of a borrowed page."""
@@ -223,17 +226,15 @@ class PromptCache:
             return data
         if (lent := self._broker.borrow(key)) is None:
             return None
-        page, tokens = lent
+        page, tokens, foreign = lent
+        before = self._lineage.before(key) or UNKNOWN_KEY
+        provenance = Provenance(before, UNKNOWN_ROUNDING if foreign else self._rounding)
         try:
             return build_chunk(
-                key, self.pages.shape(tokens), lambda out: self.pages.export_page(page, tokens, out),
-                self._provenance(key),
-            )  # fmt: skip
+                key, self.pages.shape(tokens), lambda out: self.pages.export_page(page, tokens, out), provenance
+            )
         finally:
             self._broker.give_back(page)
-
-    def _provenance(self, key: bytes) -> Provenance:
-        return Provenance(self._lineage.before(key) or UNKNOWN_KEY, self._rounding)
 
     def store_now(self, key: bytes, nbytes: int) -> int | None:
         """Write a chunk of `nbytes` bytes to the store unless it is there.

@@ -158,11 +158,12 @@ class Caching:
 
     # --- pages for the cache ----------------------------------------------------------------------
 
-    def borrow(self, key: bytes) -> tuple[int, int] | None:
+    def borrow(self, key: bytes) -> tuple[int, int, bool] | None:
         """See `PageBroker`."""
         with self._changed:
-            page = self._scheduler.ledger.begin_read(key)
-            return None if page is None else (page, self._scheduler.ledger.tokens_of(key))
+            ledger = self._scheduler.ledger
+            page = ledger.begin_read(key)
+            return None if page is None else (page, ledger.tokens_of(key), ledger.allocator.is_foreign(key))
 
     def give_back(self, page: int) -> None:
         """See `PageBroker`."""

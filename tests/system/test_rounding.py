@@ -40,6 +40,13 @@ def full_chunks(store: Path, count: int) -> list[Path]:
     return found
 
 
+def rounding(path: Path) -> bytes:
+    """What an object says of how its sums were rounded."""
+    provenance = Provenance.peek(path.read_bytes())
+    assert provenance is not None
+    return provenance.rounding
+
+
 def make_foreign(path: Path) -> None:
     """What an object holds is computed by somebody else, and so differently that nobody could miss it."""
     data, key = path.read_bytes(), bytes.fromhex(path.name)
@@ -70,3 +77,35 @@ def test_streams_go_on_where_the_store_has_what_others_computed(tiny_model: Path
     finally:
         server.stop()
     assert server.left_over() == []
+
+
+def test_two_servers_of_one_store_go_on_each_with_its_own(tiny_model: Path, tmp_path: Path) -> None:
+    """The other one writes the chunks of running streams anew, when they have made room for others."""
+    store, tokens = tmp_path / "store", 2500
+    flags = ("--parallel", STREAMS, "--ctx-size", 4096, "--store", store)
+    servers = [ServeProcess(tiny_model, "--shards", shards, *flags) for shards in (1, 2)]
+    server, other = servers
+    try:
+        undisturbed = Streams(server.address, requests(tokens, bypass=True)).join()
+        streams = Streams(server.address, requests(tokens))
+        streams.started(STREAMS)
+        removed = full_chunks(store, STREAMS)[:STREAMS]
+        own = {rounding(path) for path in removed}
+        for path in removed:
+            path.unlink()
+        assert {told.error for told in Streams(other.address, requests(1)).join()} == {None}
+        until = time.monotonic() + 60
+        while not all(path.exists() for path in removed):
+            assert time.monotonic() < until, "the other server did not write what it computed"
+            time.sleep(0.05)
+        assert not own & {rounding(path) for path in removed}
+        assert None in [told.finished for told in streams.told], "the streams ended too soon"
+        victim = next(actor for actor in server.status()["actors"] if actor["role"] == "attention")
+        os.kill(victim["pid"], signal.SIGKILL)
+        told = streams.join()
+        assert [stream.error for stream in told] == [None] * STREAMS
+        assert [stream.token_ids for stream in told] == [stream.token_ids for stream in undisturbed]
+    finally:
+        for each in servers:
+            each.stop()
+    assert [each.left_over() for each in servers] == [[], []]

@@ -9,7 +9,7 @@ import pytest
 from numoe.engine.kv.pages import PAGE_TOKENS
 from numoe.engine.requests import Started
 from numoe.engine.store import Store, open_store
-from numoe.engine.store.chunks import FIXED_BYTES, Provenance, rounding_of
+from numoe.engine.store.chunks import FIXED_BYTES, UNKNOWN_ROUNDING, Provenance, rounding_of
 from numoe.engine.store.keys import CHUNKS
 from tests.engine.worker.served import Served, served
 from tests.models import make_model
@@ -40,14 +40,30 @@ def foreign(model: Path, tmp_path: Path) -> Store:
     return store
 
 
+def heads(store: Store) -> dict[bytes, Provenance]:
+    """What the objects in a store say of themselves."""
+    found = {}
+    for entry in store.list(CHUNKS):
+        head = Provenance.peek(store.get_first(entry.key, FIXED_BYTES))
+        assert head is not None
+        found[bytes.fromhex(entry.key.rsplit("/", 1)[-1])] = head
+    return found
+
+
 def test_a_chunk_tells_where_it_comes_from(foreign: Store) -> None:
-    heads = {}
-    for entry in foreign.list(CHUNKS):
-        found = Provenance.peek(foreign.get(entry.key)[:FIXED_BYTES])
-        assert found is not None
-        heads[bytes.fromhex(entry.key.rsplit("/", 1)[-1])] = found
-    assert {head.rounding for head in heads.values()} == {TWO}
-    assert sum(head.before in heads for head in heads.values()) == len(heads) - 1  # all but the first one
+    found = heads(foreign)
+    assert {head.rounding for head in found.values()} == {TWO}
+    assert sum(head.before in found for head in found.values()) == len(found) - 1  # all but the first one
+
+
+def test_who_saves_what_others_computed_does_not_say_it_was_he(model: Path, foreign: Store) -> None:
+    with served(model, foreign, ram=0, rounding=ONE) as server:
+        server.ask(PROMPT, 1, slot=0)
+        server.settle()
+        for entry in foreign.list(CHUNKS):
+            foreign.delete(entry.key)
+        server.engine.slots.save("save", 0, "chat", None)
+        assert sorted(head.rounding for head in heads(foreign).values()) == sorted([UNKNOWN_ROUNDING] * 2 + [ONE])
 
 
 def cached(server: Served, **rest: object) -> tuple[int, tuple[int, ...], list[int]]:
