@@ -165,7 +165,7 @@ class Ledger:
         if sequence.keys is not None and full > before:
             keys = sequence.keys.of(sequence.tokens, full)
             for number in range(before, full):
-                sequence.table.publish(number, keys[number])
+                sequence.table.publish(number, keys[number], foreign=number in sequence.foreign)
             if self._config.caches:
                 self._published.append((keys[before:full], keys))
 

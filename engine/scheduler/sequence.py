@@ -21,8 +21,9 @@ class Sequence:
     keys:     of its full pages, None if it neither uses nor leaves cached pages.
     loadable: chunks from the first on that the prompt cache is known to have; None while that is
               being found out, since `asked`. load: chunks on their way into its pages.
-    foreign:  the numbers of its chunks that were computed where sums are rounded otherwise. When it has begun it
-              takes no others of them any more, whatever happens to its pages: it would go on with other words.
+    foreign:  the numbers of its chunks that were computed, or begun, where sums are rounded otherwise. When it
+              has begun it takes no others of them any more, whatever happens to its pages: it would go on
+              with other words.
     slot:     None while it waits. announced: whether its start was told. Times are
               the scheduler's clock, seconds; None before they happen.
     """

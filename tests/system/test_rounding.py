@@ -81,8 +81,8 @@ def test_streams_go_on_where_the_store_has_what_others_computed(tiny_model: Path
 
 def test_two_servers_of_one_store_go_on_each_with_its_own(tiny_model: Path, tmp_path: Path) -> None:
     """The other one writes the chunks of running streams anew, when they have made room for others."""
-    store, tokens = tmp_path / "store", 2500
-    flags = ("--parallel", STREAMS, "--ctx-size", 4096, "--store", store)
+    store, tokens = tmp_path / "store", 1700
+    flags = ("--parallel", STREAMS, "--ctx-size", 2048, "--store", store)
     servers = [ServeProcess(tiny_model, "--shards", shards, *flags) for shards in (1, 2)]
     server, other = servers
     try:

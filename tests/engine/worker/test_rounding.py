@@ -66,6 +66,19 @@ def test_who_saves_what_others_computed_does_not_say_it_was_he(model: Path, fore
         assert sorted(head.rounding for head in heads(foreign).values()) == sorted([UNKNOWN_ROUNDING] * 2 + [ONE])
 
 
+def test_who_ends_a_chunk_that_others_began_does_not_say_it_was_he(model: Path, tmp_path: Path) -> None:
+    store = open_store(tmp_path / "store")
+    with served(model, store, shards=2, rounding=TWO) as server:
+        text = [*PROMPT, *server.ask(PROMPT, slot=0)[1]]
+        server.engine.slots.save("save", 0, "chat", None)
+    before = heads(store)
+    with served(model, store, rounding=ONE) as server:
+        server.engine.slots.restore("restore", 0, "chat", None)
+        server.ask([*text, *range(240)], 1, slot=0)
+        server.settle()
+    assert [head.rounding for key, head in heads(store).items() if key not in before] == [UNKNOWN_ROUNDING]
+
+
 def cached(server: Served, **rest: object) -> tuple[int, tuple[int, ...], list[int]]:
     """The cached tokens of the prompt, which of its chunks were foreign, and all that is said."""
     begun = rest.get("generated", ())
