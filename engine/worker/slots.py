@@ -211,7 +211,8 @@ class SlotOperations:
 
     def _load_archive(self, archive: Archive, slot: int, progress: Progress) -> Conversation:
         def read(key: bytes, tokens: int) -> Layers:
-            return Layers(archive.read(key, self._caching.pages.shape(tokens)), archive.places[key][1])
+            layers = archive.read(key, self._caching.pages.shape(tokens))
+            return Layers(layers, archive.places[key][1], foreign=True)  # for all that the file tells
 
         conversation = dataclasses.replace(conversation_of(archive.manifest), named=True, last_used=time.time())
         with self._kept(slot, "restoring", None):

@@ -79,6 +79,17 @@ def test_who_ends_a_chunk_that_others_began_does_not_say_it_was_he(model: Path, 
     assert [head.rounding for key, head in heads(store).items() if key not in before] == [UNKNOWN_ROUNDING]
 
 
+def test_what_came_from_a_file_is_not_called_ones_own(model: Path, tmp_path: Path) -> None:
+    with served(model, None, ram=0, shards=2) as server:
+        server.ask(PROMPT, 1, slot=0)
+        server.engine.slots.save_file(tmp_path / "file", all_tokens=True)
+    store = open_store(tmp_path / "store")
+    with served(model, store, rounding=ONE) as server:
+        server.engine.slots.load_file(tmp_path / "file")
+        server.engine.slots.save("save", 0, "chat", None)
+    assert [head.rounding for head in heads(store).values()] == [UNKNOWN_ROUNDING] * 3
+
+
 def cached(server: Served, **rest: object) -> tuple[int, tuple[int, ...], list[int]]:
     """The cached tokens of the prompt, which of its chunks were foreign, and all that is said."""
     begun = rest.get("generated", ())
