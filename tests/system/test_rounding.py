@@ -105,6 +105,8 @@ def test_two_servers_of_one_store_go_on_each_with_its_own(tiny_model: Path, tmp_
         told = streams.join()
         assert [stream.error for stream in told] == [None] * STREAMS
         assert [stream.token_ids for stream in told] == [stream.token_ids for stream in undisturbed]
+        # Few words would have been others; so see that nothing was taken.
+        assert server.status()["cache"]["misses"] >= STREAMS
     finally:
         for each in servers:
             each.stop()
