@@ -43,7 +43,8 @@ class Caching:
         MiB of host memory for prompts at most, never more than the model leaves free. -1 for no other limit, 0 for
         none; 8192 if not given, but at most a quarter of the memory.
     resume
-        Save the idle slots when the server stops, and offer them again when it starts. The default with a store.
+        Save slots some seconds after they became idle, and all when the server stops; offer them again when it starts,
+        whatever ended the server before. The default with a store.
     slot_save_path
         A folder; the same as --store, for users of llama-server. What llama-server has saved there cannot be read.
     prompt_cache
