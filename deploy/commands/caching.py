@@ -35,7 +35,7 @@ class Caching:
         az://CONTAINER/PREFIX, memory:// (until the server ends), or "none". Credentials come from the environment.
         If not given, numoe/store in $XDG_DATA_HOME (~/.local/share).
     store_endpoint
-        URL of the s3:// or az:// server, where it is not Amazon's or Microsoft's.
+        URL of the s3://, gs:// or az:// server, where it is not Amazon's, Google's or Microsoft's.
     cache_store_limit
         Bytes of prompts in the store at most, such as 500G; the least recently used go first. 64G if not given,
         "none" or 0 for no limit. Snapshots are never removed for it.
@@ -96,8 +96,8 @@ class Caching:
             raise InputError(f"--slot-save-path {self.slot_save_path} is no folder; --store takes URLs")
         url = self.slot_save_path if self.store is None else self.store
         if self.store_endpoint is not None:
-            if not (url or "").startswith(("s3://", "az://")):
-                raise InputError("--store-endpoint is for --store s3://BUCKET/PREFIX and az://CONTAINER/PREFIX")
+            if not (url or "").startswith(("s3://", "gs://", "az://")):
+                raise InputError("--store-endpoint is for --store s3://BUCKET/PREFIX, gs://… and az://CONTAINER/PREFIX")
             if not re.match(r"https?://.", self.store_endpoint):
                 raise InputError(f"--store-endpoint {self.store_endpoint} is no URL: give http(s)://HOST:PORT")
         if url == NO_STORE:
