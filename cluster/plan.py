@@ -44,9 +44,9 @@ _SHM_FREE = Path("/dev/shm")  # noqa: S108 - that is where weights live
 class CacheOptions:
     """Where conversations are kept beyond the KV pages; by default nowhere.
 
-    store_url: as `open_store` takes it, "" for no store; store_endpoint: of s3:// and az://, "" for the usual one.
+    store_url: as `open_store` takes it, "" for no store; store_endpoint: of its server, "" for the usual one.
     store_limit_bytes: of chunks in the store, None for no limit. cache_ram_bytes: of chunks in host
-    memory, 0 for none. resume: idle slots are saved at the stop and offered again at the start.
+    memory, 0 for none. resume: idle slots are saved, at the latest at the stop, and offered again at the start.
     prompt_cache_file: what slot 0 begins with and leaves its prompt's state in, "" for none;
     prompt_cache_all: with the generated tokens too. keep: tokens of the prompt that stay when the
     context is full and generation goes on without the middle, -1 for all, None to end it there.

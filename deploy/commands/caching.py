@@ -35,7 +35,7 @@ class Caching:
         az://CONTAINER/PREFIX, memory:// (until the server ends), or "none". Credentials come from the environment.
         If not given, numoe/store in $XDG_DATA_HOME (~/.local/share).
     store_endpoint
-        URL of the s3:// or az:// server, where it is not Amazon's or Microsoft's.
+        URL of the s3://, gs:// or az:// server, where it is not Amazon's, Google's or Microsoft's.
     cache_store_limit
         Bytes of prompts in the store at most, such as 500G; the least recently used go first, the end of a
         conversation before its beginning. 64G if not given, "none" or 0 for no limit. Snapshots are never removed
@@ -44,7 +44,8 @@ class Caching:
         MiB of host memory for prompts at most, never more than the model leaves free. -1 for no other limit, 0 for
         none; 8192 if not given, but at most a quarter of the memory.
     resume
-        Save the idle slots when the server stops, and offer them again when it starts. The default with a store.
+        Save slots some seconds after they became idle, and all when the server stops; offer them again when it starts,
+        whatever ended the server before. The default with a store.
     slot_save_path
         A folder; the same as --store, for users of llama-server. What llama-server has saved there cannot be read.
     prompt_cache
@@ -96,8 +97,8 @@ class Caching:
             raise InputError(f"--slot-save-path {self.slot_save_path} is no folder; --store takes URLs")
         url = self.slot_save_path if self.store is None else self.store
         if self.store_endpoint is not None:
-            if not (url or "").startswith(("s3://", "az://")):
-                raise InputError("--store-endpoint is for --store s3://BUCKET/PREFIX and az://CONTAINER/PREFIX")
+            if not (url or "").startswith(("s3://", "gs://", "az://")):
+                raise InputError("--store-endpoint is for --store s3://BUCKET/PREFIX, gs://… and az://CONTAINER/PREFIX")
             if not re.match(r"https?://.", self.store_endpoint):
                 raise InputError(f"--store-endpoint {self.store_endpoint} is no URL: give http(s)://HOST:PORT")
         if url == NO_STORE:

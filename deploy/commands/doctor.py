@@ -51,7 +51,7 @@ def doctor(
     store
         The object store to try, as for `numoe serve`; if not given, the one that serve takes then.
     store_endpoint
-        URL of the s3:// or az:// server, where it is not Amazon's or Microsoft's.
+        URL of the s3://, gs:// or az:// server, where it is not Amazon's, Google's or Microsoft's.
     measure
         Measure the memory's bandwidth again.
     json_output

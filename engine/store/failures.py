@@ -53,6 +53,7 @@ _CREDENTIALS: Final = {
     "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
 }
 _FULL: Final = re.compile(r"StorageFull|QuotaExceeded|InsufficientStorage|no space left", re.IGNORECASE)
+_NEWLINE: Final = re.compile(r"\n|\\n")
 _NO_BUCKET: Final = re.compile(r"NoSuchBucket|ContainerNotFound|specified bucket does not exist")
 _NO_CREDENTIALS: Final = re.compile(
     r"169\.254\.169\.254|metadata\.google\.internal|credential|account must be specified|invalid access key",
@@ -125,5 +126,6 @@ def _reason(error: Exception) -> str:
     text = str(error)
     code, message = (re.search(f"<{tag}>(.*?)</{tag}>", text) for tag in ("Code", "Message"))
     if code:
-        return f"{code[1]} ({message[1]})" if message else code[1]
+        # Azure's message goes on with the request's id and the time; newlines are escaped in the text of an error.
+        return f"{code[1]} ({re.split(_NEWLINE, message[1])[0]})" if message else code[1]
     return text.split("\n", 1)[0].strip()[:300] or type(error).__name__

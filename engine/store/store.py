@@ -19,7 +19,11 @@ from numoe.engine.store.folder import FolderStore
 from numoe.engine.store.remote import RemoteStore
 
 REMOTE_SCHEMES: Final = ("s3", "gs", "az")
-_ENDPOINTS: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_ENDPOINTS: Final = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+    "gs": ("GOOGLE_BASE_URL",),
+}
 _CREDENTIALS: Final = (
     "AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE",
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI",
@@ -36,9 +40,9 @@ def open_store(
     deadline:   seconds after which an operation is given up.
     retries:    how often a request is sent again within them.
     allow_http: send requests unencrypted; to this host they may always be.
-    options:    what obstore's stores take, such as endpoint, region, access_key_id,
-                secret_access_key, session_token for s3://. What is not given comes from the
-                environment: AWS_…, GOOGLE_…, AZURE_….
+    options:    endpoint, the URL of the server, and what obstore's stores take, such as region,
+                access_key_id, secret_access_key, session_token for s3://. What is not given comes
+                from the environment: AWS_…, GOOGLE_…, AZURE_….
 
     Raises InputError for a URL or options that make no sense, AccessError for s3:// with an
     endpoint and without credentials.
@@ -78,9 +82,11 @@ def _remote(
     if not parts.netloc:
         raise InputError(f"store {url}: write {scheme}://BUCKET/PREFIX")
     config = {name: value for name, value in options.items() if value is not None}
-    if scheme == "s3":
-        config |= _s3(url, config)
-    endpoint = str(config.get("endpoint", ""))
+    endpoint = str(config.pop("endpoint", "") or _endpoint(scheme))
+    if scheme == "s3" and endpoint:
+        _check_credentials(url, config)
+    if endpoint:
+        config["base_url" if scheme == "gs" else "endpoint"] = endpoint
     if endpoint.startswith("http://") and not allow_http:
         if not _is_loopback(endpoint):
             raise InputError(f"store {url}: {endpoint} is not encrypted; use https://, or allow http")
@@ -98,16 +104,17 @@ def _remote(
     return RemoteStore(url, deadline, store)
 
 
-def _s3(url: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the environment adds to the options of s3://."""
-    endpoint = config.get("endpoint") or next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), None)
-    if endpoint is None:
-        return {}
+def _endpoint(scheme: str) -> str:
+    """What the environment says of where a store is, "" if nothing."""
+    return next((os.environ[name] for name in _ENDPOINTS.get(scheme, ()) if os.environ.get(name)), "")
+
+
+def _check_credentials(url: str, config: Mapping[str, Any]) -> None:
+    """AccessError where neither the options nor the environment has any for s3://."""
     if not (config.keys() & {"access_key_id", "credential_provider", "skip_signature"}) and not any(
         os.environ.get(name) for name in _CREDENTIALS
     ):
         raise AccessError(f"store {url}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
-    return {"endpoint": endpoint}
 
 
 def _is_loopback(endpoint: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final
@@ -20,6 +21,7 @@ from numoe.engine.scheduler.conversation import Parked
 from numoe.engine.scheduler.load import Load
 from numoe.engine.store.chunks import UNKNOWN_ROUNDING, encode_chunk
 from numoe.engine.store.manifest import Origin
+from numoe.engine.worker.idle import LOOKS_S, IdleSlots
 from numoe.engine.worker.parking import Parking
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ class Caching:
         self.cache: PromptCache | None = None
         self.snapshots: Snapshots | None = None
         self._parking: Parking | None = None
+        self._idle = IdleSlots(scheduler)
         self._leaving: dict[bytes, list[int]] = {}  # pages of conversations that are being parked, by chunk
         self._closed = threading.Event()
         self._jobs = ThreadPoolExecutor(_JOBS, "cache-job")
@@ -110,13 +113,25 @@ class Caching:
     # --- start and stop ---------------------------------------------------------------------------
 
     def resume(self) -> None:
-        """Offer the conversations again that are in the store; later, if it does not answer soon."""
+        """Offer the conversations again that are in the store, and write idle ones to it from here on.
+
+        They are offered later if it does not answer soon.
+        """
         if self.snapshots is not None and self.cache is not None and self.cache.tier is not None:
             offering = threading.Thread(
                 target=self._offer, args=(self.snapshots, self.cache.tier), name="cache-resume", daemon=True
             )
             offering.start()
             offering.join(RESUMES_WITHIN_S)
+        if self._parking is not None:
+            threading.Thread(target=self._keep_idle, args=(self._parking,), name="cache-idle", daemon=True).start()
+
+    def _keep_idle(self, parking: Parking) -> None:
+        """Have conversations written that have been idle for a while: then no kill loses them."""
+        while not self._closed.wait(LOOKS_S):
+            with self._changed:
+                idle = self._idle.due(time.monotonic())
+            parking.keep(idle)
 
     def _offer(self, snapshots: Snapshots, tier: StoreTier) -> None:
         while not self._closed.is_set():
@@ -196,9 +211,11 @@ class Caching:
             self._leave(key for key in parked.pages if self._is_in_ram(key))
             self._parking.park(parked)
 
-    def _parked(self, parked: Parked) -> None:
+    def _parked(self, parked: Parked, written: bool) -> None:  # noqa: FBT001
         with self._changed:
             self._leave(parked.pages)
+            if written:
+                self._idle.written(parked)
             self._changed.notify_all()
 
     def _leave(self, keys: Iterable[bytes]) -> None:

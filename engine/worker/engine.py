@@ -112,7 +112,10 @@ class Engine:
             return self._pulse.why_stuck()
 
     def resume(self) -> None:
-        """Offer the conversations again that an earlier server left in the store, later if it is slow or away."""
+        """Offer the conversations again that an earlier server left in the store, later if it is slow or away.
+
+        From here on those that are idle for a while are written to it: whatever ends the process, they can be offered.
+        """
         self._caching.resume()
 
     def stop(self, why: str = "") -> None:

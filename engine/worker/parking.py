@@ -1,4 +1,4 @@
-"""Conversations without a slot on their way to the store, and out of it when they are erased."""
+"""Conversations without a slot, and idle ones, on their way to the store, and out of it when they are erased."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -17,16 +17,17 @@ from numoe.engine.scheduler.conversation import Parked
 
 logger = logging.getLogger(__name__)
 _LATER: Final = 256
-"""Jobs at most that wait for a store which does not work; the oldest are given up."""
+"""Jobs at most that wait for others, or for a store which does not work; the oldest are given up."""
 
 
 class Parking:
     """A thread that writes one conversation after the other; each method may be called from any thread.
 
-    done: takes a conversation when it is written, or cannot be for now: its pages need not hold it any more.
+    done: takes a conversation when it is written, or cannot be for now: its pages need not hold it any more;
+    and whether it is written.
     """
 
-    def __init__(self, snapshots: Snapshots, tier: StoreTier, done: Callable[[Parked], None]) -> None:
+    def __init__(self, snapshots: Snapshots, tier: StoreTier, done: Callable[[Parked, bool], None]) -> None:
         self._snapshots, self._tier, self._done = snapshots, tier, done
         self._changed = threading.Condition()
         self._queue: deque[Parked | str] = deque()
@@ -37,6 +38,14 @@ class Parking:
     def park(self, parked: Parked) -> None:
         """Write a conversation, so that it can come back after a restart."""
         self._put(parked)
+
+    def keep(self, idle: Sequence[Parked]) -> None:
+        """Write conversations that stay in their slots, when none is left whose pages somebody may wait for."""
+        with self._changed:
+            for parked in idle:
+                self._leave_out({parked.name, *parked.conversation.stored})
+                self._later.append(parked)
+            self._changed.notify_all()
 
     def unpark(self, name: str) -> None:
         """Remove one that was erased (`Conversation.stored`)."""
@@ -63,15 +72,16 @@ class Parking:
 
     def _run(self) -> None:
         while (job := self._next()) is not None:
+            written = False
             try:
-                self._do(job)
+                written = self._do(job)
             except NumoeError as error:
                 logger.warning("%s", error)
             except Exception:  # the next one may work
                 logger.exception("a conversation could not be kept")
             finally:
                 if isinstance(job, Parked):
-                    self._done(job)
+                    self._done(job, written)
                 with self._changed:
                     self._busy = False
                     self._changed.notify_all()
@@ -87,12 +97,13 @@ class Parking:
                 self._changed.wait(pause if self._later else None)
         return None
 
-    def _do(self, job: Parked | str) -> None:
-        self._leave_out({job} if isinstance(job, str) else {job.name, *job.conversation.stored})
-        later = job if isinstance(job, str) else replace(job, pages={})
-        if self._tier.writing.seconds_to_wait:
-            self._later.append(later)
-            return
+    def _do(self, job: Parked | str) -> bool:
+        """Whether it is done; else it was put off."""
+        with self._changed:
+            self._leave_out({job} if isinstance(job, str) else {job.name, *job.conversation.stored})
+            if self._tier.writing.seconds_to_wait:
+                self._put_off(job)
+                return False
         try:
             with self._tier.writing.watch():
                 if isinstance(job, str):
@@ -101,7 +112,13 @@ class Parking:
                     self._snapshots.park(job)
         except OUTAGES as error:
             logger.info("a conversation is kept later: %s", error)
-            self._later.append(later)
+            with self._changed:
+                self._put_off(job)
+            return False
+        return True
+
+    def _put_off(self, job: Parked | str) -> None:
+        self._later.append(job if isinstance(job, str) else replace(job, pages={}))
 
     def _leave_out(self, names: set[str]) -> None:
         """Write no conversation later that has been erased since, or that another goes on from."""

@@ -50,11 +50,11 @@ def test_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Caching(store="here", resume=False).options().resume
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/prefix", "az://container/prefix"])
+@pytest.mark.parametrize("url", ["s3://bucket/prefix", "gs://bucket/prefix", "az://container/prefix"])
 def test_a_store_that_is_down_is_a_warning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], url: str
 ) -> None:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AZURE_STORAGE_ACCOUNT_NAME"):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AZURE_STORAGE_ACCOUNT_NAME", "GOOGLE_BEARER_TOKEN"):
         monkeypatch.setenv(name, "a")
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "a2V5")
     options = Caching(store=url, store_endpoint="http://127.0.0.1:1").options()
@@ -82,7 +82,7 @@ def test_llama_servers_spellings(tmp_path: Path) -> None:
         ({"store": "a", "slot_save_path": "b"}, "--slot-save-path is the same as --store"),
         ({"slot_save_path": "s3://bucket/x"}, "--store takes URLs"),
         ({"store": "none", "store_endpoint": "http://127.0.0.1:1"}, "--store-endpoint is for"),
-        ({"store": "gs://bucket/x", "store_endpoint": "http://127.0.0.1:1"}, "--store-endpoint is for"),
+        ({"store": "memory://", "store_endpoint": "http://127.0.0.1:1"}, "--store-endpoint is for"),
         ({"store": "s3://bucket/x", "store_endpoint": "127.0.0.1:1"}, "is no URL"),
         ({"store": "none", "cache_store_limit": "1G"}, "--cache-store-limit needs a store"),
         ({"store": "memory://", "cache_store_limit": "much"}, "'much' is no size"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,6 +144,35 @@ def test_conversations_survive_a_restart_on_other_shards(tiny_model: Path, place
             assert len(answer(client, OTHER[::-1], slot_id=2).token_ids) == 16
             with pytest.raises(UnavailableError):
                 save(client, 2, "lost")
+
+
+def test_an_idle_conversation_survives_a_kill_of_everything(tiny_model: Path, tmp_path: Path) -> None:
+    flags, store = ("--store", tmp_path), open_store(tmp_path)
+    with killing(tiny_model, *flags, "--shards", 2) as client:
+        told = PROMPT + answer(client, PROMPT, slot_id=1).token_ids
+        expected = answer(client, told, cache=UNCACHED).token_ids
+        until = time.monotonic() + 60
+        while not store.list("resumable"):
+            assert time.monotonic() < until
+            time.sleep(0.1)
+    with serving(tiny_model, *flags, "--shards", 1) as (_, client):
+        assert [slot.tokens for slot in client.list_slots()] == [0, len(told), 0]
+        again = answer(client, told)
+        assert (again.cached_tokens, again.token_ids) == (len(told) - 1, expected)
+
+
+@contextmanager
+def killing(model: Path, *flags: object) -> Iterator[Client]:
+    """A server all of whose processes are killed at the end, as a power cut would."""
+    server = ServeProcess(model, "--parallel", 3, "--ctx-size", 1024, "--chunk", 64, *flags)
+    try:
+        with Client(server.address) as client:
+            yield client
+    finally:
+        for pid in (server.process.pid, *server.pids):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        server.process.communicate()
 
 
 def _damage(store: Store) -> None:

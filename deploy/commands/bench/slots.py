@@ -99,7 +99,7 @@ def slots(
     store
         Where it is saved, as for `numoe serve`; a folder for temporary files if not given. Must hold no chunks yet.
     store_endpoint
-        URL of the s3:// or az:// server, where it is not Amazon's or Microsoft's.
+        URL of the s3://, gs:// or az:// server, where it is not Amazon's, Google's or Microsoft's.
     rounds
         How often a fresh worker is started.
     json_output

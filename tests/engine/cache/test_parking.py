@@ -67,12 +67,12 @@ def test_a_store_that_fails_is_left_alone_for_a_while(story: Story, tmp_path: Pa
 
     store = Interrupted(open_store(tmp_path), "get_versioned", each=fail)
     saver = Saver(store, talk.pages, talk.origin)  # type: ignore[arg-type]
-    done = list[Parked]()
-    parking = Parking(saver.snapshots, saver.tier, done.append)
+    done = list[tuple[Parked, bool]]()
+    parking = Parking(saver.snapshots, saver.tier, lambda *what: done.append(what))
     parked = Parked(talk.salted(b"")[0], {b"key": 1})
     parking.park(parked)
     parking.flush(time.monotonic() + 20)
-    assert (len(asked), done) == (1, [parked])
+    assert (len(asked), done) == (1, [(parked, False)])
     assert saver.tier.writing.error == "away"
     parking.close()
     saver.close()

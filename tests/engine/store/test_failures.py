@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,42 @@ def test_the_environment_says_where_and_who(s3_server: S3Server, monkeypatch: py
     store = open_store(s3_server.url("environment"))
     assert store.put_new("a", b"1")
     assert open_store(s3_server.url("environment"), **s3_server.options).get("a") == b"1"
+
+
+@pytest.mark.parametrize(
+    ("url", "name", "rest"),
+    [
+        ("s3://b/p", "AWS_ENDPOINT_URL", {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "a"}),
+        ("gs://b/p", "GOOGLE_BASE_URL", {"GOOGLE_BEARER_TOKEN": "a"}),
+        ("az://c/p", "AZURE_ENDPOINT", {"AZURE_STORAGE_ACCOUNT_NAME": "a", "AZURE_STORAGE_ACCOUNT_KEY": "YQ=="}),
+    ],
+)
+@pytest.mark.parametrize("told", ["environment", "option"])
+def test_every_cloud_may_have_its_server_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, url: str, name: str, rest: dict[str, str], told: str
+) -> None:
+    """One of this host may be without TLS, wherever that is said; it gets the requests, others none."""
+    for other in [other for other in os.environ if other.startswith(("AWS_", "AZURE_", "GOOGLE_"))]:
+        monkeypatch.delenv(other)
+    for variable, value in rest.items():
+        monkeypatch.setenv(variable, value)
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
+        server.settimeout(10)
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        options = {"endpoint": endpoint} if told == "option" else {}
+        if told == "environment":
+            monkeypatch.setenv(name, endpoint)
+        store = open_store(url, deadline=5.0, retries=0, **options)
+        asking = pool.submit(store.check)
+        peer, _ = server.accept()
+        with peer:
+            assert peer.recv(1 << 16).startswith(b"GET /")
+        assert isinstance(asking.exception(), UnavailableError)
+
+
+def test_an_answer_in_xml_is_told_without_its_request() -> None:
+    said = '<Error><Code>BlobNotFound</Code><Message>It is not there.\\nRequestId:1\\nTime:2</Message></Error>'
+    assert "failed: BlobNotFound (It is not there.); check" in str(store_error(OSError(said), "reading a", "az://c"))
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from numoe.engine.cache import Snapshots
 from numoe.engine.errors import DataLossError, NotFoundError, PreconditionError, ResourceError, UnavailableError
 from numoe.engine.kv.pages import PAGE_TOKENS
 from numoe.engine.store import Entry, Store, open_store
-from numoe.engine.worker import caching
+from numoe.engine.worker import caching, idle
 from numoe.engine.worker.kv_pool import KvType
 from tests.engine.worker.served import Slow, served
 from tests.models import make_model
@@ -41,6 +42,20 @@ class Late:
             if self._times == 1:
                 raise UnavailableError("away")
         return self._store.list(folder)
+
+
+class Counting:
+    """A store that counts the manifests written to it."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self.manifests = store, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def put_if(self, key: str, data: bytes, version: str | None) -> str:
+        self.manifests += 1
+        return self._store.put_if(key, data, version)
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +225,56 @@ def test_who_comes_back_is_parked_once(model: Path, store: Store) -> None:
         server.engine.slots.restore("r", 0, "chat", None)
         server.engine.slots.erase("e", 0, None)
         assert parked() == [len(other)]
+
+
+def test_an_idle_conversation_is_written_once(model: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While its slot keeps it, under one name, whatever becomes of it; and not where it shall not be resumed."""
+    monkeypatch.setattr(idle, "IDLE_S", 0.05)
+    monkeypatch.setattr(caching, "LOOKS_S", 0.01)
+    counted = Counting(store)
+    with served(model, counted, resume=True) as server:  # type: ignore[arg-type]
+        snapshots = server.engine._caching.snapshots
+        assert snapshots is not None
+
+        def written(*texts: list[int]) -> None:
+            """Wait until these would come back, and nothing else; then see that they stay written."""
+            wanted, until = sorted((len(text), len(text) - 1) for text in texts), time.monotonic() + 30
+            while (found := sorted(_sizes(snapshots))) != wanted:
+                assert time.monotonic() < until, (found, wanted)
+                time.sleep(0.01)
+            before = counted.manifests
+            time.sleep(0.3)
+            assert (counted.manifests, sorted(_sizes(snapshots))) == (before, wanted)
+
+        text = [*PROMPT, *server.ask(PROMPT, slot=0)[1]]
+        written(text)
+        text = [*text, 9, *server.ask([*text, 9], slot=0)[1]]
+        written(text)
+        server.engine.slots.fork("f", 0, 1, None)
+        written(text, text)
+        assert (counted.manifests, len(store.list("resumable"))) == (3, 2)
+        server.engine.slots.erase("e", 1, None)
+        written(text)
+        before = server.engine._scheduler.slots.conversations[0]
+        assert before is not None
+        assert len(before.stored) == 1, "what it went on from is not there any more"
+        server.ask(OTHER, slot=0)  # parks it
+        written(text, [*OTHER, *range(8)])
+    counted.manifests = 0
+    with served(model, counted, resume=True) as server:  # type: ignore[arg-type]
+        time.sleep(0.3)
+        assert counted.manifests == 1, "of the two, the one that had no slot has one now"
+        assert server.ask([*text, 9])[0] == len(text) - 1
+    counted.manifests = 0
+    with served(model, counted) as server:  # type: ignore[arg-type]
+        server.ask(PROMPT[::-1], slot=0)
+        time.sleep(0.3)
+        assert counted.manifests == 0
+
+
+def _sizes(snapshots: Snapshots) -> list[tuple[int, int]]:
+    """Of what would come back: the tokens, and those with keys and values."""
+    return [(len(one.conversation.tokens), one.conversation.computed) for one in snapshots.resumable()]
 
 
 def test_a_failed_restore_leaves_the_slot_as_it_was(model: Path, store: Store) -> None:
