@@ -272,8 +272,11 @@ class StoreTier:
         with self._lock:
             before = {key: known.before for key, known in self._known.items() if known.before}
             used = {key: known.used for key, known in self._known.items()}
-            for key, at in beginnings_last(used, before).items():
-                self._known[key].used = at
+        later = beginnings_last(used, before)  # of many chunks, this takes longer than others may wait
+        with self._lock:
+            for key, at in later.items():
+                if (known := self._known.get(key)) is not None:
+                    known.used = max(known.used, at)
 
     def _peek(self, key: bytes) -> None:
         """Learn from the object of a chunk what is in front of it; errors as `Store.get_first`, none if it is gone."""
