@@ -131,7 +131,8 @@ class Caching:
         while not self._closed.wait(LOOKS_S):
             with self._changed:
                 idle = self._idle.due(time.monotonic())
-            parking.keep(idle)
+            if idle:
+                parking.keep(idle)
 
     def _offer(self, snapshots: Snapshots, tier: StoreTier) -> None:
         while not self._closed.is_set():
