@@ -101,6 +101,7 @@ class AttentionActor:
                 kv_type=kv_type_name(plan.kv_type),
                 caches=bool(tiers.get("ram") or tiers.get("tier")),
                 keep=plan.cache.keep,
+                few_rows=self._forward.few_rows,
             )
         )
         self._engine = Engine(scheduler, self._forward, self._push, **tiers)

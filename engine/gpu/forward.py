@@ -235,6 +235,11 @@ class GpuForward:
         return {"attention": max(0.0, self._step_ms - experts - wait), "experts": experts, "wait": wait}
 
     @property
+    def few_rows(self) -> int:
+        """As `Forward.few_rows`: the rows of a graph."""
+        return GRAPH_ROWS
+
+    @property
     def slice(self) -> None:
         """The weights are in VRAM."""
         return None

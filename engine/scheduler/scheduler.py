@@ -48,7 +48,9 @@ class SchedulerConfig:
     kv_type: what keys and values depend on besides tokens, see `store.keys.root_key`. caches: whether
     there is a prompt cache beyond the pages: then it is asked what it has of every prompt, and saves
     what is published. keep: tokens of the beginning that stay when the context is full and half of the
-    others make room (-1: the prompt); None ends the answer there.
+    others make room (-1: the prompt); None ends the answer there. few_rows: see `Forward.few_rows`; if not 0,
+    answers are computed in steps of at most so many rows, and prompts in other steps: so an answer does not depend
+    on who else asks, nor on whether a part of it is computed again.
     """
 
     slots: int
@@ -60,6 +62,7 @@ class SchedulerConfig:
     kv_type: str = ""
     caches: bool = False
     keep: int | None = None
+    few_rows: int = 0
 
     def __post_init__(self) -> None:
         if self.n_pages < pages_for(self.context):
@@ -85,6 +88,7 @@ class Scheduler:
         self._page_tables = np.zeros((config.slots, pages_for(config.context)), np.int32)
         self._events: list[Event] = []
         self._numbers, self._now = count(), 0.0
+        self._short_steps, self._is_answering = count(1), False
         self.starved = False
 
     # --- requests ---------------------------------------------------------------------------------
@@ -154,13 +158,7 @@ class Scheduler:
             self._reserve()
             self._admit()
         ready = [s for s in self.slots.running() if s.load is None]
-        chosen = [(s, 1) for s in ready if s.is_decoding and self._make_room(s, len(s.tokens))]
-        budget = self.config.chunk_tokens
-        for sequence in ready:
-            rows = 0 if sequence.slot is None or sequence.is_decoding else min(budget, sequence.pending)
-            if rows and self._make_room(sequence, sequence.computed + rows):
-                chosen.append((sequence, rows))
-                budget -= rows
+        chosen = self._choose_apart(ready) if self.config.few_rows else self._choose(ready)
         # Whoever was preempted for another is out of this step.
         parts, logits = [], 0
         for sequence, rows in chosen:
@@ -169,6 +167,35 @@ class Scheduler:
                 parts.append(Part(sequence, sequence.computed, rows, logits if ends else None))
                 logits += ends
         return Batch.of(parts, self._page_tables) if parts else None
+
+    def _choose(self, ready: list[Sequence]) -> list[tuple[Sequence, int]]:
+        """Sequences of the next step, each with its rows: all answers, and as much of prompts as a step may hold."""
+        chosen = [(s, 1) for s in ready if s.is_decoding and self._make_room(s, len(s.tokens))]
+        reading = [s for s in ready if not s.is_decoding]
+        return chosen + self._fill(reading, self.config.chunk_tokens, lambda sequence: sequence.pending)
+
+    def _choose_apart(self, ready: list[Sequence]) -> list[tuple[Sequence, int]]:
+        """The same, but either answers or prompts; they take turns."""
+        reading = [s for s in ready if s.computed < s.read]
+        answering = sorted((s for s in ready if s.computed >= s.read), key=lambda s: s.stepped)
+        self._is_answering = bool(answering) and not (self._is_answering and reading)
+        if self._is_answering and (chosen := self._fill(answering, self.config.few_rows, lambda s: s.pending)):
+            for sequence, _ in chosen:
+                sequence.stepped = next(self._short_steps)
+            return chosen
+        return self._fill(reading, self.config.chunk_tokens, lambda sequence: sequence.read - sequence.computed)
+
+    def _fill(
+        self, sequences: list[Sequence], budget: int, wanted: Callable[[Sequence], int]
+    ) -> list[tuple[Sequence, int]]:
+        """As many rows of sequences, one after the other, as there is room for in a step and in the cache."""
+        chosen = []
+        for sequence in sequences:
+            rows = 0 if sequence.slot is None else min(budget, wanted(sequence))
+            if rows and self._make_room(sequence, sequence.computed + rows):
+                chosen.append((sequence, rows))
+                budget -= rows
+        return chosen
 
     def _reserve(self) -> None:
         """Give those who run the pages that they need next: who joined with these had to give way, and join again."""
@@ -252,6 +279,7 @@ class Scheduler:
             return False
         keep = min(sequence.prompt_tokens if keep < 0 else keep, len(tokens) - 2)
         del tokens[keep : keep + (len(tokens) - keep) // 2]
+        sequence.read = len(tokens)
         return True
 
     def _is_complete(self, sequence: Sequence) -> bool:

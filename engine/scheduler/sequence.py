@@ -17,6 +17,8 @@ class Sequence:
 
     tokens:   the prompt and what was generated, unless the context was full and the middle was
               dropped. generated: how many. computed: how many of `tokens` are in the KV cache.
+    read:     so many of the tokens are read, in long steps: the prompt, or all when the middle was dropped. The
+              others are answered, in short ones, where that makes a difference (`SchedulerConfig.few_rows`).
     number:   counts submissions: the lower, the older, and the older goes first.
     keys:     of its full pages, None if it neither uses nor leaves cached pages.
     loadable: chunks from the first on that the prompt cache is known to have; None while that is
@@ -24,6 +26,7 @@ class Sequence:
     foreign:  the numbers of its chunks that were computed, or begun, where sums are rounded otherwise. When it
               has begun it takes no others of them any more, whatever happens to its pages: it would go on
               with other words.
+    stepped:  the number of its last short step.
     slot:     None while it waits. announced: whether its start was told. Times are
               the scheduler's clock, seconds; None before they happen.
     """
@@ -37,6 +40,8 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     generated: int = 0
     computed: int = 0
+    read: int = 0
+    stepped: int = 0
     loadable: int | None = 0
     asked: float = 0.0
     load: Load | None = None
@@ -49,6 +54,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = list(self.request.token_ids)
         self.foreign = set(self.request.foreign or ())
+        self.read = len(self.tokens)
 
     @property
     def prompt_tokens(self) -> int:

@@ -127,6 +127,11 @@ class CpuForward:
         return {part: self._step[TIMES + i] / 1e6 for i, part in enumerate(PARTS)}
 
     @property
+    def few_rows(self) -> int:
+        """As `Forward.few_rows`: a row is computed alike in every step."""
+        return 0
+
+    @property
     def slice(self) -> WeightSlice | None:
         """The weights in shared memory, None where they are the process's own."""
         return self.weights.slice

@@ -82,6 +82,10 @@ class Forward(Protocol):
         """Where the last step's time went, in milliseconds: attention, experts, wait."""
 
     @property
+    def few_rows(self) -> int:
+        """Steps of up to so many rows are computed otherwise, in their last bits, than longer ones; 0 if none is."""
+
+    @property
     def slice(self) -> WeightSlice | None:
         """The weights in shared memory, None where they are elsewhere."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,16 +11,26 @@ from hypothesis import strategies as st
 from numoe.engine.errors import PreconditionError
 from numoe.engine.requests import Finished, GenerationRequest, Started, TokenGenerated
 from numoe.engine.sampling import SampledToken
-from numoe.engine.scheduler import Scheduler
-from tests.engine.scheduler.support import Cache, make, request, step
+from numoe.engine.scheduler import Batch, Scheduler
+from tests.engine.scheduler.support import Cache, make, names, request, rows, step
 
 CONTEXT = 40
+FEW = 3
+
+
+class RoundingCache(Cache):
+    """What a row leaves in it depends on whether it was one of few."""
+
+    def run(self, batch: Batch) -> None:
+        short = len(batch.token_ids) <= FEW
+        super().run(dataclasses.replace(batch, token_ids=batch.token_ids + 1000 * short))
 
 
 def answer(wanted: GenerationRequest, steps: int, **config: object) -> tuple[list[int], Finished | None]:
     """What a scheduler makes of a request in so many steps; each token depends on all that attention reads."""
     scheduler = make(slots=1, context=CONTEXT, chunk_tokens=8, **config)
-    cache, tokens, end = Cache(8), [], None
+    cache = RoundingCache(8) if "few_rows" in config else Cache(8)
+    tokens, end = [], None
     scheduler.submit(wanted)
     for _ in range(steps):
         batch = scheduler.schedule(0.0)
@@ -37,15 +49,17 @@ def answer(wanted: GenerationRequest, steps: int, **config: object) -> tuple[lis
 
 @settings(max_examples=150, deadline=None)
 @given(
-    prompt=st.integers(1, 30), most=st.integers(1, 90), died=st.integers(0, 100), keep=st.sampled_from([None, 0, 5, -1])
-)
-def test_the_rest_is_what_it_would_have_been(prompt: int, most: int, died: int, keep: int | None) -> None:
+    prompt=st.integers(1, 30), most=st.integers(1, 90), died=st.integers(0, 100),
+    keep=st.sampled_from([None, 0, 5, -1]), apart=st.booleans(),
+)  # fmt: skip
+def test_the_rest_is_what_it_would_have_been(prompt: int, most: int, died: int, keep: int | None, apart: bool) -> None:
+    config = {"keep": keep} | ({"few_rows": FEW} if apart else {})
     whole = request(prompt=range(prompt), max_tokens=most, stop_ids=frozenset({13}))
-    want, end = answer(whole, 200, keep=keep)
-    begun, _ = answer(whole, died, keep=keep)
+    want, end = answer(whole, 200, **config)
+    begun, _ = answer(whole, died, **config)
     rest, last = answer(request(
         prompt=range(prompt), max_tokens=most, stop_ids=frozenset({13}), generated=tuple(begun)
-    ), 200, keep=keep)  # fmt: skip
+    ), 200, **config)  # fmt: skip
     assert begun + rest == want
     assert end is not None
     assert last is not None
@@ -72,3 +86,20 @@ def test_who_had_his_slot_gets_it_again_whoever_asks_meanwhile() -> None:
     scheduler.abort("other")
     step(scheduler, now=1e12)
     assert scheduler.status(0, {}).slots[1].request_id == "a"
+
+
+def test_answers_and_prompts_take_turns_where_steps_of_few_rows_round_otherwise() -> None:
+    scheduler = make(slots=6, chunk_tokens=64, few_rows=4, queue_limit=9)
+    for name in "abcde":
+        scheduler.submit(request(name, prompt=10))
+    assert rows(step(scheduler)) == dict.fromkeys("abcde", 10)  # type: ignore[arg-type]
+    scheduler.submit(request("f", prompt=100))
+    scheduler.submit(request("g", prompt=range(5), generated=(7, 7, 7, 7, 7, 7)))
+    turns = [names(step(scheduler)) for _ in range(4)]
+    assert turns == [["a", "b", "c", "d"], ["f"], ["e", "a", "b", "c"], ["f"]]
+    turns = [names(step(scheduler)) for _ in range(4)]
+    assert turns == [["f", "d", "e", "a"], ["b", "c", "f", "d"], ["e", "a", "b", "c"], ["f", "d", "e", "a"]]
+    for name in "abcdef":
+        scheduler.abort(name)
+    again = [rows(step(scheduler)) for _ in range(4)]  # type: ignore[arg-type]
+    assert again == [{"g": 5}, {"g": 4}, {"g": 2}, {"g": 1}]
