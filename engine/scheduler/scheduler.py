@@ -49,8 +49,8 @@ class SchedulerConfig:
     there is a prompt cache beyond the pages: then it is asked what it has of every prompt, and saves
     what is published. keep: tokens of the beginning that stay when the context is full and half of the
     others make room (-1: the prompt); None ends the answer there. few_rows: see `Forward.few_rows`; if not 0,
-    answers are computed in steps of at most so many rows, and prompts in other steps: so an answer does not depend
-    on who else asks, nor on whether a part of it is computed again.
+    answers are computed in steps of at most so many rows, and prompts in other steps, each in its own, but for
+    their last token: so an answer does not depend on who else asks, nor on whether a part of it is computed again.
     """
 
     slots: int
@@ -175,7 +175,7 @@ class Scheduler:
         return chosen + self._fill(reading, self.config.chunk_tokens, lambda sequence: sequence.pending)
 
     def _choose_apart(self, ready: list[Sequence]) -> list[tuple[Sequence, int]]:
-        """The same, but either answers or prompts; they take turns."""
+        """The same, but either answers or a prompt; they take turns."""
         reading = [s for s in ready if s.computed < s.read]
         answering = sorted((s for s in ready if s.computed >= s.read), key=lambda s: s.stepped)
         self._is_answering = bool(answering) and not (self._is_answering and reading)
@@ -183,7 +183,8 @@ class Scheduler:
             for sequence, _ in chosen:
                 sequence.stepped = next(self._short_steps)
             return chosen
-        return self._fill(reading, self.config.chunk_tokens, lambda sequence: sequence.read - sequence.computed)
+        turns = (self._fill([s], self.config.chunk_tokens, lambda s: s.read - s.computed) for s in reading)
+        return next(filter(None, turns), [])
 
     def _fill(
         self, sequences: list[Sequence], budget: int, wanted: Callable[[Sequence], int]
@@ -279,7 +280,7 @@ class Scheduler:
             return False
         keep = min(sequence.prompt_tokens if keep < 0 else keep, len(tokens) - 2)
         del tokens[keep : keep + (len(tokens) - keep) // 2]
-        sequence.read = len(tokens)
+        sequence.read = len(tokens) - 1
         return True
 
     def _is_complete(self, sequence: Sequence) -> bool:

@@ -17,8 +17,9 @@ class Sequence:
 
     tokens:   the prompt and what was generated, unless the context was full and the middle was
               dropped. generated: how many. computed: how many of `tokens` are in the KV cache.
-    read:     so many of the tokens are read, in long steps: the prompt, or all when the middle was dropped. The
-              others are answered, in short ones, where that makes a difference (`SchedulerConfig.few_rows`).
+    read:     so many of the tokens are read, in long steps: of the prompt, or of all when the middle was dropped,
+              all but the last one. The others are computed in short ones, where that makes a difference
+              (`SchedulerConfig.few_rows`).
     number:   counts submissions: the lower, the older, and the older goes first.
     keys:     of its full pages, None if it neither uses nor leaves cached pages.
     loadable: chunks from the first on that the prompt cache is known to have; None while that is
@@ -54,7 +55,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = list(self.request.token_ids)
         self.foreign = set(self.request.foreign or ())
-        self.read = len(self.tokens)
+        self.read = len(self.tokens) - 1
 
     @property
     def prompt_tokens(self) -> int:

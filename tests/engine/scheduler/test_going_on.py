@@ -90,16 +90,21 @@ def test_who_had_his_slot_gets_it_again_whoever_asks_meanwhile() -> None:
 
 def test_answers_and_prompts_take_turns_where_steps_of_few_rows_round_otherwise() -> None:
     scheduler = make(slots=6, chunk_tokens=64, few_rows=4, queue_limit=9)
-    for name in "abcde":
-        scheduler.submit(request(name, prompt=10))
-    assert rows(step(scheduler)) == dict.fromkeys("abcde", 10)  # type: ignore[arg-type]
+    for number, name in enumerate("abcde"):
+        scheduler.submit(request(name, prompt=range(10 * number, 10 * number + 10)))
+    turns = [rows(step(scheduler)) for _ in range(10)]  # type: ignore[arg-type]
+    assert turns[::2] == [{name: 9} for name in "abcde"]
+    assert turns[1::2] == [
+        {"a": 1}, {"b": 1, "a": 1}, {"c": 1, "a": 1, "b": 1}, {"d": 1, "c": 1, "a": 1, "b": 1},
+        {"e": 1, "d": 1, "c": 1, "b": 1},
+    ]  # fmt: skip
     scheduler.submit(request("f", prompt=100))
-    scheduler.submit(request("g", prompt=range(5), generated=(7, 7, 7, 7, 7, 7)))
+    scheduler.submit(request("g", prompt=range(200, 205), generated=(7, 7, 7, 7, 7, 7)))
     turns = [names(step(scheduler)) for _ in range(4)]
-    assert turns == [["a", "b", "c", "d"], ["f"], ["e", "a", "b", "c"], ["f"]]
+    assert turns == [["f"], ["a", "e", "d", "c"], ["f"], ["f", "b", "a", "e"]]
     turns = [names(step(scheduler)) for _ in range(4)]
-    assert turns == [["f", "d", "e", "a"], ["b", "c", "f", "d"], ["e", "a", "b", "c"], ["f", "d", "e", "a"]]
+    assert turns == [["d", "c", "f", "b"], ["a", "e", "d", "c"], ["f", "b", "a", "e"], ["d", "c", "f", "b"]]
     for name in "abcdef":
         scheduler.abort(name)
     again = [rows(step(scheduler)) for _ in range(4)]  # type: ignore[arg-type]
-    assert again == [{"g": 5}, {"g": 4}, {"g": 2}, {"g": 1}]
+    assert again == [{"g": 4}, {"g": 4}, {"g": 3}, {"g": 1}]
