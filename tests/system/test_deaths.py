@@ -128,10 +128,11 @@ def test_the_queue_outlives_the_worker(lasting: ServeProcess, undisturbed: list[
 
 def test_a_gateways_clients_may_try_again_at_the_same_address(lasting: ServeProcess, undisturbed: list[Told]) -> None:
     requests = [varied(number) for number in range(STREAMS)]
+    before = lasting.status()["actors"]  # not while they run: they might end meanwhile
+    victim = next(actor for actor in before if actor["role"] == "gateway")
     streams = Streams(lasting.address, requests)
     streams.started(STREAMS)
-    before = lasting.status()["actors"]
-    victim = strike(lasting, "gateway", KILL)
+    os.kill(victim["pid"], KILL)
     assert {stream.error for stream in streams.join()} == {grpc.StatusCode.UNAVAILABLE}
     while True:
         again = Streams(lasting.address, requests).join()
@@ -146,9 +147,9 @@ def test_a_gateways_clients_may_try_again_at_the_same_address(lasting: ServeProc
 
 
 def test_three_deaths_at_once(lasting: ServeProcess, undisturbed: list[Told]) -> None:
+    found = {actor["role"]: actor for actor in lasting.status()["actors"]}
     streams = Streams(lasting.address, [varied(number) for number in range(STREAMS)])
     streams.started(STREAMS)
-    found = {actor["role"]: actor for actor in lasting.status()["actors"]}
     for role in ("expert", "attention", "supervisor"):
         os.kill(found[role]["pid"], KILL)
     assert [stream.answer for stream in streams.join()] == [stream.answer for stream in undisturbed]
