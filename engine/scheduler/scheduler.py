@@ -88,7 +88,7 @@ class Scheduler:
         self._page_tables = np.zeros((config.slots, pages_for(config.context)), np.int32)
         self._events: list[Event] = []
         self._numbers, self._now = count(), 0.0
-        self._short_steps, self._is_answering = count(1), False
+        self._short_steps, self._has_answered = count(1), False
         self.starved = False
 
     # --- requests ---------------------------------------------------------------------------------
@@ -175,14 +175,24 @@ class Scheduler:
         return chosen + self._fill(reading, self.config.chunk_tokens, lambda sequence: sequence.pending)
 
     def _choose_apart(self, ready: list[Sequence]) -> list[tuple[Sequence, int]]:
-        """The same, but either answers or a prompt; they take turns."""
-        reading = [s for s in ready if s.computed < s.read]
+        """The same, but either answers or a prompt; they take turns, unless there is no room for one of them."""
+        for choose in (self._read, self._answer) if self._has_answered else (self._answer, self._read):
+            if chosen := choose(ready):
+                self._has_answered = choose == self._answer
+                return chosen
+        return []
+
+    def _answer(self, ready: list[Sequence]) -> list[tuple[Sequence, int]]:
+        """A short step of those whose turn was longest ago."""
         answering = sorted((s for s in ready if s.computed >= s.read), key=lambda s: s.stepped)
-        self._is_answering = bool(answering) and not (self._is_answering and reading)
-        if self._is_answering and (chosen := self._fill(answering, self.config.few_rows, lambda s: s.pending)):
-            for sequence, _ in chosen:
-                sequence.stepped = next(self._short_steps)
-            return chosen
+        chosen = self._fill(answering, self.config.few_rows, lambda sequence: sequence.pending)
+        for sequence, _ in chosen:
+            sequence.stepped = next(self._short_steps)
+        return chosen
+
+    def _read(self, ready: list[Sequence]) -> list[tuple[Sequence, int]]:
+        """A long step of the first prompt that there is room for."""
+        reading = (s for s in ready if s.computed < s.read)
         turns = (self._fill([s], self.config.chunk_tokens, lambda s: s.read - s.computed) for s in reading)
         return next(filter(None, turns), [])
 

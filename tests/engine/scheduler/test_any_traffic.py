@@ -59,12 +59,13 @@ class AnyTraffic(RuleBasedStateMachine):
 
     @initialize(
         slots=st.integers(2, 4), n_pages=st.integers(3, 5), chunk_tokens=st.sampled_from([40, PAGE_TOKENS, 1000]),
-        caches=st.booleans(),
+        caches=st.booleans(), few_rows=st.sampled_from([0, 3, 16]),
     )  # fmt: skip
-    def start(self, slots: int, n_pages: int, chunk_tokens: int, caches: bool) -> None:
+    def start(self, slots: int, n_pages: int, chunk_tokens: int, caches: bool, few_rows: int = 0) -> None:
         self.clock, self.wall = Clock(), 0.0
         self.scheduler: Scheduler = make(
-            slots, CONTEXT, chunk_tokens, queue_limit=3, n_pages=n_pages, clock=self.clock, caches=caches
+            slots, CONTEXT, chunk_tokens, queue_limit=3, n_pages=n_pages, clock=self.clock, caches=caches,
+            few_rows=few_rows,
         )
         self.stored: dict[bytes, np.ndarray] = {}
         self.unsaved: list[bytes] = []
@@ -172,6 +173,8 @@ class AnyTraffic(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         steps = -(-CONTEXT // self.scheduler.config.chunk_tokens) + PATIENCE
+        if self.scheduler.config.few_rows:  # others have their turns
+            steps *= 4
         for name, expected in self.requests.items():  # each the oldest when its turn comes
             for younger, other in self.requests.items():  # it may have waited for its slot, or for the cache
                 if int(younger) > int(name) and other.started and not expected.started:
@@ -273,7 +276,7 @@ class AnyTraffic(RuleBasedStateMachine):
         if batch is not None:
             self.check_rows(batch)
             self.check_pages(batch)
-            if not self.scheduler.config.caches:
+            if not self.scheduler.config.caches and not self.scheduler.config.few_rows:
                 oldest = next(e for e in live if e.started).request.request_id
                 loading = {slot.request_id for slot in self.scheduler.status(0, {}).slots if slot.state == "loading"}
                 assert oldest in loading | {part.sequence.request.request_id for part in batch.parts}
@@ -285,7 +288,11 @@ class AnyTraffic(RuleBasedStateMachine):
             expected = self.requests[part.sequence.request.request_id]
             history, end = expected.history, part.start + part.rows
             is_decode = bool(expected.sent) and part.start == len(history) - 1
-            assert decoding or not is_decode, "a decode row after prefill rows"
+            if few := self.scheduler.config.few_rows:
+                is_read = end <= part.sequence.read
+                assert len(batch.parts) == 1 if is_read else len(batch.token_ids) <= few
+            else:
+                assert decoding or not is_decode, "a decode row after prefill rows"
             decoding = is_decode
             prefill_rows += 0 if is_decode else part.rows
             here = slice(row, row + part.rows)
