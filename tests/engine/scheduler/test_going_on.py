@@ -108,3 +108,10 @@ def test_answers_and_prompts_take_turns_where_steps_of_few_rows_round_otherwise(
         scheduler.abort(name)
     again = [rows(step(scheduler)) for _ in range(4)]  # type: ignore[arg-type]
     assert again == [{"g": 4}, {"g": 4}, {"g": 3}, {"g": 1}]
+
+
+def test_answers_go_on_while_a_prompt_finds_no_room() -> None:
+    scheduler = make(slots=2, n_pages=3, chunk_tokens=1000, few_rows=4)
+    scheduler.submit(request("a", prompt=10))
+    scheduler.submit(request("b", prompt=range(590)))
+    assert [names(step(scheduler)) for _ in range(6)] == [["a"]] * 6
