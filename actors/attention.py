@@ -15,6 +15,7 @@ from numoe.actors.placement import describe, reporter_of
 from numoe.cluster.plan import Plan
 from numoe.cluster.status import ActorPlacement
 from numoe.engine.errors import NumoeError
+from numoe.engine.keeper import SOCKET, Keepsakes
 from numoe.engine.progress import Progress
 from numoe.engine.requests import Event, GenerationRequest, SlotReport, SnapshotInfo, WorkerStatus
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_JOURNAL = "pages"
 _GPU_SHARD_BOUND_S = 0.8  # nobody is served by a GPU that waits for a shard which has died
 
 
@@ -32,6 +34,7 @@ class AttentionActor:
 
     def __init__(self, plan: Plan, folder: str) -> None:
         self._plan, self._folder = plan, Path(folder)
+        self._keepsakes = Keepsakes(self._folder / SOCKET)
         self._gateway: Any = None
         self._connection, self._pushes, self._pushing = 0, 0, threading.Lock()
         self._loop: Future[None] | None = None
@@ -72,6 +75,7 @@ class AttentionActor:
             gpu_layers=plan.gpu_layers,
             cpus=plan.attention.cpus,
             nodes=plan.attention.memory,
+            keepsakes=self._keepsakes,
             **({"shard_bound_s": _GPU_SHARD_BOUND_S} if plan.gpu else {}),
         )
         self._progress = Progress(plan.dense_bytes + plan.gpu_expert_bytes)
@@ -82,6 +86,7 @@ class AttentionActor:
 
     def attach_experts(self) -> None:
         """The shards have loaded: what needs their weights, or what they read of the model, may look at them."""
+        from numoe.engine.kv.journal import PageJournal
         from numoe.engine.scheduler import Scheduler, SchedulerConfig
         from numoe.engine.store.portable import kv_type_name
         from numoe.engine.worker.engine import Engine
@@ -90,6 +95,8 @@ class AttentionActor:
         self._forward.attach_experts(self._folder)
         tiers = _tiers(plan, self._gguf, self._folder)
         self._gguf.close()
+        sizes = plan.n_pages, plan.slots, plan.context
+        journal = PageJournal.open(self._folder / _JOURNAL, self._forward.kv_identity, *sizes)
         scheduler = Scheduler(
             SchedulerConfig(
                 slots=plan.slots,
@@ -102,7 +109,8 @@ class AttentionActor:
                 caches=bool(tiers.get("ram") or tiers.get("tier")),
                 keep=plan.cache.keep,
                 few_rows=self._forward.few_rows,
-            )
+            ),
+            journal=journal,
         )
         self._engine = Engine(scheduler, self._forward, self._push, **tiers)
         self._resume()
@@ -136,6 +144,14 @@ class AttentionActor:
         self._engine.abandon()
         with self._pushing:
             self._gateway, self._connection, self._pushes = gateway, connection, 0
+
+    def settle(self) -> None:
+        """The gateway has handed over all that a worker before has left."""
+        self._engine.settle()
+
+    def hand_over(self) -> None:
+        """Another supervisor has come: have it keep what shall outlive this process."""
+        self._keepsakes.hand_over()
 
     def _push(self, events: list[Event]) -> None:
         """One message per step, whatever the batch size; nothing waits for its arrival."""

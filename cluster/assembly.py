@@ -1,7 +1,8 @@
 """How a server's actors come up and are joined, at its start and when one is replaced.
 
 A worker is told: open_mailbox, initialize, attach_experts. A shard: initialize. A gateway: initialize, serve. All: run.
-Worker and gateway are joined: worker.connect(gateway), gateway.attach(worker).
+Worker and gateway are joined: worker.connect(gateway), gateway.attach(worker), worker.settle. To another supervisor's
+keeper a worker hands what shall outlive it: hand_over.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from numoe.cluster.placing import Placing
 from numoe.cluster.plan import Plan
 from numoe.cluster.status import ActorRole
 from numoe.engine.errors import UnavailableError
+from numoe.engine.keeper import SOCKET, Keeper
 from numoe.engine.private import remove_staged
 from numoe.engine.shm import adopt_folder
 from numoe.engine.weights import CachedPages, WeightSlice, hold_weights, is_loaded, sweep_incomplete
@@ -49,11 +51,13 @@ class Assembly:
         self._connection, self._joined = 0, ("", "")
         self._joining, self._saving = threading.Lock(), threading.Lock()
         self.weights: list[WeightSlice] = []
+        self._keeper: Keeper | None = None
 
     # --- the whole --------------------------------------------------------------------------------
 
     def launch(self) -> None:
         """Place all actors and bring them up. Raises the first one's error."""
+        self._keeper = Keeper(self._folder / SOCKET)
         self._placing.reserve()
         if self._endpoint is not None:
             self.members.append(Member("gateway", "gateway"))
@@ -91,9 +95,17 @@ class Assembly:
         """Keep the weights in shared memory, whoever dies."""
         self.weights = hold_weights(self._folder)
 
+    def let_go(self) -> None:
+        """Keep nothing any more: what nobody else uses can be freed."""
+        for weights in self.weights:
+            weights.close()
+        if self._keeper is not None:
+            self._keeper.close()
+
     def take_over(self, record: ServerRecord) -> list[Member]:
         """Go on where another supervisor has died; the members that have to be replaced."""
         remove_staged(self._folder)  # only supervisors write there
+        self._keeper = Keeper(self._folder / SOCKET)
         self._placing.take_over()
         self.address, self.phase, self.supervisors = record.address, record.phase, record.restarts + 1
         self.keep_weights, self.drain_until = record.keep_weights, record.drain_until
@@ -108,6 +120,8 @@ class Assembly:
                 member.run = self._run(member)
                 if member.role == "gateway":  # it may have been joined, but not told yet
                     member.handle.serve.remote()
+                elif member.role == "attention":
+                    member.handle.hand_over.remote()
         self.hold_weights()
         self.save()
         return lost
@@ -142,8 +156,13 @@ class Assembly:
 
     # --- one member -------------------------------------------------------------------------------
 
-    def replace(self, member: Member) -> None:
-        """Put another actor in a dead member's place. Raises UnavailableError if that dies or hangs, too."""
+    def replace(self, member: Member, *, afresh: bool = False) -> None:
+        """Put another actor in a dead member's place. Raises UnavailableError if that dies or hangs, too.
+
+        afresh: a worker does not go on with the memory of those before: it may be what they died of.
+        """
+        if afresh and member.role == "attention" and self._keeper is not None:
+            self._keeper.forget()
         if member.role == "gateway":
             self._abandon_requests()
         member.kill()
@@ -208,6 +227,7 @@ class Assembly:
             with contextlib.suppress(UnavailableError):
                 get(worker.handle.connect.remote(gateway.handle, self._connection), _JOIN_S)
                 get(gateway.handle.attach.remote(worker.handle, self._connection), _JOIN_S)
+                worker.handle.settle.remote()
                 self._joined = names
                 self.save()
 

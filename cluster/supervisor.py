@@ -45,6 +45,7 @@ _PLACEMENT_ANSWER_S = 2.0
 _LOOK_S = 0.2
 _LONGEST_LOOK_S = 60.0
 _ATTEMPTS = 5
+_ATTEMPTS_AS_BEFORE = 2
 _MOST_CRASHES = 12
 _LINGER_S = 3.0  # in which those who wait hear of the end
 _SPARES_AFTER_S = 10.0  # of quiet: a server that has just come up has better things to do
@@ -235,7 +236,7 @@ class Supervisor:
     def _replace(self, member: Member, what: str) -> None:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                self._assembly.replace(member)
+                self._assembly.replace(member, afresh=attempt + member.crashes > _ATTEMPTS_AS_BEFORE)
             except Exception as error:  # noqa: BLE001 - whatever it is, a server without this actor is none
                 if self._stopping.locked():
                     return
@@ -316,8 +317,7 @@ class Supervisor:
 
     def _free_memory(self) -> None:
         """Remove what is in shared memory, but weights that another server uses or that shall stay."""
-        for weights in self._assembly.weights:
-            weights.close()
+        self._assembly.let_go()
         if not self._assembly.keep_weights:
             end_processes(member.pid for member in self._assembly.members if member.is_local)
             free_weights(self._folder)

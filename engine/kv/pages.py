@@ -10,8 +10,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from numoe.engine.errors import ResourceError
+
+if TYPE_CHECKING:
+    from numoe.engine.kv.journal import PageJournal
 
 PAGE_TOKENS = 256
 """Tokens in a page: also the chunk that the prompt cache hashes, so that a full page is a chunk."""
@@ -25,11 +29,12 @@ def pages_for(n_tokens: int) -> int:
 class PageAllocator:
     """Hands out the page ids 0 … n_pages - 1, counts who holds each, and knows what published ones hold.
 
-    saves: whether somebody saves published pages and says so (`mark_saved`).
+    saves: whether somebody saves published pages and says so (`mark_saved`). journal: is told what is published; what
+    it says already is published to begin with, and held by nobody.
     Not thread-safe: the scheduler, its one user, runs in the step loop.
     """
 
-    def __init__(self, n_pages: int, *, saves: bool = False) -> None:
+    def __init__(self, n_pages: int, *, saves: bool = False, journal: PageJournal | None = None) -> None:
         if n_pages < 1:
             raise ResourceError(f"a KV cache of {n_pages} pages holds nothing; it needs at least one")
         self._references = [0] * n_pages
@@ -42,6 +47,12 @@ class PageAllocator:
         self._unsaved: set[int] = set()
         self._foreign: set[int] = set()
         self._read: Counter[int] = Counter()
+        self._journal = journal
+        if journal is not None:
+            for page, key, foreign in journal.published():
+                self._publish(page, key, foreign=foreign)
+                self._idle[page] = None
+            self._free = [page for page in self._free if page not in self._idle]
 
     @property
     def n_pages(self) -> int:
@@ -105,6 +116,8 @@ class PageAllocator:
 
     def _unpublish(self, page: int) -> None:
         if (key := self._keys.pop(page, None)) is not None:
+            if self._journal is not None:
+                self._journal.unpublish(page)
             del self._pages_of[key]
             self._partial.pop(key, None)
             self._foreign.discard(page)
@@ -123,13 +136,18 @@ class PageAllocator:
         """
         self._require_held([page], times=1)
         if key not in self._pages_of and page not in self._keys:
-            self._pages_of[key], self._keys[page] = page, key
+            self._publish(page, key, foreign=foreign)
             if tokens < PAGE_TOKENS:
                 self._partial[key] = tokens
-            if foreign:
-                self._foreign.add(page)
-            if self._saves:
-                self._unsaved.add(page)
+            elif self._journal is not None:
+                self._journal.publish(page, key, foreign=foreign)
+
+    def _publish(self, page: int, key: bytes, *, foreign: bool) -> None:
+        self._pages_of[key], self._keys[page] = page, key
+        if foreign:
+            self._foreign.add(page)
+        if self._saves:
+            self._unsaved.add(page)
 
     def withdraw(self, page: int) -> bool:
         """Let a published page not be found any more, so that its one holder can add to it.
@@ -172,6 +190,14 @@ class PageAllocator:
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._pages_of
+
+    def take(self, pages: Iterable[int]) -> None:
+        """Hold these very pages, whoever else holds them: the journal says that a worker before did."""
+        for page in pages:
+            if not self._references[page] and page not in self._idle:
+                self._free.remove(page)
+            self._idle.pop(page, None)
+            self._references[page] += 1
 
     def adopt(self, keys: Sequence[bytes]) -> list[int]:
         """The pages of as many of `keys` as are known, from the first on, each with one reference more."""

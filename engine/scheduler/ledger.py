@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from numoe.engine.errors import ResourceError
+from numoe.engine.kv.journal import KeptRun, PageJournal, digest_of
 from numoe.engine.kv.pages import PAGE_TOKENS, PageAllocator
 from numoe.engine.scheduler.batch import Batch
 from numoe.engine.scheduler.conversation import Conversation, Parked, ParkedIndex, TailIndex
@@ -33,11 +34,14 @@ if TYPE_CHECKING:
 class Ledger:
     """Pages, the conversations that they hold, and the prompt cache's business with them; not thread-safe."""
 
-    def __init__(self, config: SchedulerConfig, slots: Slots) -> None:
-        self._config, self._slots = config, slots
-        self.allocator = PageAllocator(config.n_pages, saves=config.caches)
+    def __init__(self, config: SchedulerConfig, slots: Slots, journal: PageJournal) -> None:
+        self._config, self._slots, self._journal = config, slots, journal
+        self.allocator = PageAllocator(config.n_pages, saves=config.caches, journal=journal)
         self._tails, self._away = TailIndex(), ParkedIndex()
-        self._borrowed: Counter[int] = Counter()
+        self._kept = journal.runs()
+        for run in self._kept.values():
+            self.allocator.take(run.pages)
+        self._borrowed: Counter[int] = Counter(page for run in self._kept.values() for page in run.pages)
         self._loading: dict[Load, Sequence] = {}
         self._lookups: list[Sequence] = []
         self._loads: list[Load] = []
@@ -50,6 +54,27 @@ class Ledger:
     def root(self, salt: bytes = b"") -> bytes:
         """The chunk key before the first token."""
         return root_key(self._config.fingerprint, self._config.kv_type, salt)
+
+    def take_kept(self, sequence: Sequence) -> KeptRun | None:
+        """What a request had when the worker before died, if that holds its tokens; its pages stay borrowed."""
+        run = self._kept.pop(digest_of(sequence.request.request_id), None)
+        if run is not None and not self._journal.agrees(run, sequence.tokens):
+            self.give_back(run.pages)
+            return None
+        return run
+
+    def go_on(self, sequence: Sequence, run: KeptRun) -> None:
+        """Begin with the pages of `take_kept`: what is in them is not computed again, but for the last token."""
+        for page in run.pages:
+            sequence.table.append(page)
+        self.give_back(run.pages)
+        self.advance(sequence, min(run.computed, len(sequence.tokens) - 1))
+
+    def forget_kept(self) -> None:
+        """Nobody goes on any more with what others had when the worker before died."""
+        for run in self._kept.values():
+            self.give_back(run.pages)
+        self._kept.clear()
 
     def look_up(self, sequence: Sequence, now: float) -> None:
         """Have the prompt cache asked how much it has of the tokens."""

@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Final
 
-import numpy as np
-
 from numoe.engine.errors import InputError, NumoeError, ResourceError
+from numoe.engine.kv.journal import PageJournal
 from numoe.engine.kv.pages import PageTable, pages_for
 from numoe.engine.kv.prefix import ChunkKeys
 from numoe.engine.requests import (
@@ -29,6 +28,7 @@ from numoe.engine.requests import (
 )
 from numoe.engine.sampling import SampledToken, Sampler, StepLogits
 from numoe.engine.scheduler.batch import Batch, Part
+from numoe.engine.scheduler.choosing import Chooser
 from numoe.engine.scheduler.conversation import Conversation
 from numoe.engine.scheduler.ledger import Ledger
 from numoe.engine.scheduler.load import Load
@@ -77,18 +77,24 @@ class Scheduler:
 
     Cached chunks come beside the steps, see `ledger`. Where the last `schedule` was `starved`, pages
     come free once the ledger's `unsaved_keys` are saved.
+
+    journal: is told what the pages hold. What it says already was computed by a worker that died: requests that come
+    again go on from there, until the ledger's `forget_kept`.
     """
 
-    def __init__(self, config: SchedulerConfig, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, config: SchedulerConfig, clock: Callable[[], float] = time.monotonic, journal: PageJournal | None = None
+    ) -> None:
         self.config = config
         self._clock = clock
         self._waiting: deque[Sequence] = deque()  # the oldest first
         self.slots = Slots(config.slots)
-        self.ledger = Ledger(config, self.slots)
-        self._page_tables = np.zeros((config.slots, pages_for(config.context)), np.int32)
+        self._journal = journal or PageJournal(config.n_pages, config.slots, config.context)
+        self.ledger = Ledger(config, self.slots, self._journal)
+        self._page_tables = self._journal.page_tables
         self._events: list[Event] = []
         self._numbers, self._now = count(), 0.0
-        self._short_steps, self._has_answered = count(1), False
+        self._chooser = Chooser(config.chunk_tokens, config.few_rows, self._make_room)
         self.starved = False
 
     # --- requests ---------------------------------------------------------------------------------
@@ -100,6 +106,23 @@ class Scheduler:
         token, an id that is in use, or sampling parameters that make no sense, NotFoundError for a slot
         that there is not, PreconditionError for one that is in use when it is not to be waited for.
         """
+        self._check(request)
+        sampler = Sampler(request.sampling, logprobs=request.logprobs)
+        keys = None if request.bypass_cache else ChunkKeys(self.ledger.root(request.cache_salt))
+        table = PageTable(self.ledger.allocator)
+        sequence = Sequence(request, sampler, table, next(self._numbers), self._clock(), keys)
+        self._waiting.append(sequence)
+        for token_id in request.generated:
+            if self._is_complete(sequence):
+                break
+            self._extend(sequence, token_id)
+        if self._is_complete(sequence):
+            self._finish(sequence, "length")
+        elif not self._go_on(sequence):
+            self.ledger.look_up(sequence, self._clock())
+
+    def _check(self, request: GenerationRequest) -> None:
+        """Raise what `submit` says."""
         if len(self._waiting) >= self.config.queue_limit + self.slots.n_free:
             raise ResourceError(
                 f"the queue is full: {self.config.queue_limit} requests wait already (--queue); try again later"
@@ -118,19 +141,6 @@ class Scheduler:
             taken = not self.slots.is_free(request.slot) or any(s.request.slot == request.slot for s in self._waiting)
             if taken and request.slot_deadline is None:
                 raise busy(request.slot)
-        sampler = Sampler(request.sampling, logprobs=request.logprobs)
-        keys = None if request.bypass_cache else ChunkKeys(self.ledger.root(request.cache_salt))
-        table = PageTable(self.ledger.allocator)
-        sequence = Sequence(request, sampler, table, next(self._numbers), self._clock(), keys)
-        self._waiting.append(sequence)
-        for token_id in request.generated:
-            if self._is_complete(sequence):
-                break
-            self._extend(sequence, token_id)
-        if self._is_complete(sequence):
-            self._finish(sequence, "length")
-        else:
-            self.ledger.look_up(sequence, self._clock())
 
     def abort(self, request_id: str, reason: FinishReason = "cancelled") -> bool:
         """End a request; its slot and pages are free when this returns. Whether there was one."""
@@ -158,7 +168,7 @@ class Scheduler:
             self._reserve()
             self._admit()
         ready = [s for s in self.slots.running() if s.load is None]
-        chosen = self._choose_apart(ready) if self.config.few_rows else self._choose(ready)
+        chosen = self._chooser.choose(ready)
         # Whoever was preempted for another is out of this step.
         parts, logits = [], 0
         for sequence, rows in chosen:
@@ -167,46 +177,6 @@ class Scheduler:
                 parts.append(Part(sequence, sequence.computed, rows, logits if ends else None))
                 logits += ends
         return Batch.of(parts, self._page_tables) if parts else None
-
-    def _choose(self, ready: list[Sequence]) -> list[tuple[Sequence, int]]:
-        """Sequences of the next step, each with its rows: all answers, and as much of prompts as a step may hold."""
-        chosen = [(s, 1) for s in ready if s.is_decoding and self._make_room(s, len(s.tokens))]
-        reading = [s for s in ready if not s.is_decoding]
-        return chosen + self._fill(reading, self.config.chunk_tokens, lambda sequence: sequence.pending)
-
-    def _choose_apart(self, ready: list[Sequence]) -> list[tuple[Sequence, int]]:
-        """The same, but either answers or a prompt; they take turns, unless there is no room for one of them."""
-        for choose in (self._read, self._answer) if self._has_answered else (self._answer, self._read):
-            if chosen := choose(ready):
-                self._has_answered = choose == self._answer
-                return chosen
-        return []
-
-    def _answer(self, ready: list[Sequence]) -> list[tuple[Sequence, int]]:
-        """A short step of those whose turn was longest ago."""
-        answering = sorted((s for s in ready if s.computed >= s.read), key=lambda s: s.stepped)
-        chosen = self._fill(answering, self.config.few_rows, lambda sequence: sequence.pending)
-        for sequence, _ in chosen:
-            sequence.stepped = next(self._short_steps)
-        return chosen
-
-    def _read(self, ready: list[Sequence]) -> list[tuple[Sequence, int]]:
-        """A long step of the first prompt that there is room for."""
-        reading = (s for s in ready if s.computed < s.read)
-        turns = (self._fill([s], self.config.chunk_tokens, lambda s: s.read - s.computed) for s in reading)
-        return next(filter(None, turns), [])
-
-    def _fill(
-        self, sequences: list[Sequence], budget: int, wanted: Callable[[Sequence], int]
-    ) -> list[tuple[Sequence, int]]:
-        """As many rows of sequences, one after the other, as there is room for in a step and in the cache."""
-        chosen = []
-        for sequence in sequences:
-            rows = 0 if sequence.slot is None else min(budget, wanted(sequence))
-            if rows and self._make_room(sequence, sequence.computed + rows):
-                chosen.append((sequence, rows))
-                budget -= rows
-        return chosen
 
     def _reserve(self) -> None:
         """Give those who run the pages that they need next: who joined with these had to give way, and join again."""
@@ -249,6 +219,7 @@ class Scheduler:
             if sequence.slot is None:
                 continue
             self.ledger.advance(sequence, part.start + part.rows)
+            self._note(sequence, part.start)
             if sequence.generated == 0:
                 done, name = min(sequence.computed, sequence.prompt_tokens), sequence.request.request_id
                 self._events.append(PrefillProgress(name, done, sequence.prompt_tokens))
@@ -259,6 +230,12 @@ class Scheduler:
                 self._finish(sequence, "error", str(token))
             else:
                 self._append(sequence, token)
+
+    def _note(self, sequence: Sequence, start: int) -> None:
+        """Tell the journal that a sequence's tokens are computed, from `start` on since it was told last."""
+        if sequence.slot is not None:
+            name, pages = sequence.request.request_id, sequence.table.pages
+            self._journal.note(sequence.slot, name, sequence.tokens, pages, start, sequence.computed)
 
     def _append(self, sequence: Sequence, token: SampledToken) -> None:
         request = sequence.request
@@ -274,6 +251,8 @@ class Scheduler:
         elif shortened:
             if sequence.keys is not None:
                 sequence.keys = ChunkKeys(sequence.keys.root)
+            if sequence.slot is not None:
+                self._journal.clear(sequence.slot)
             sequence.table.release()
             sequence.computed = sequence.loadable = 0
             self._adopt(sequence)
@@ -319,17 +298,39 @@ class Scheduler:
                 continue
             if not self._first_page(sequence):
                 return
-            held = self.slots.conversations[slot]
-            if held is not None and (sequence.keys is None or not _continues(held, sequence)):
-                self.ledger.replace_conversation(slot, None)
+            self._clear(slot, sequence)
             if self.ledger.pages_come(sequence):
                 self.starved = True
                 return
-            self._waiting.remove(sequence)
-            sequence.slot, self.slots.sequences[slot] = slot, sequence
-            if sequence.admitted is None:
-                sequence.admitted = self._clock()
+            self._enter(slot, sequence)
             self._adopt(sequence)
+
+    def _go_on(self, sequence: Sequence) -> bool:
+        """Have a request go on in its slot from what it had when the worker before died; whether it had anything."""
+        if (run := self.ledger.take_kept(sequence)) is None:
+            return False
+        if sequence.request.slot not in (None, run.slot) or not self.slots.is_free(run.slot):
+            self.ledger.give_back(run.pages)
+            return False
+        self._clear(run.slot, sequence)
+        self._enter(run.slot, sequence)
+        self.ledger.go_on(sequence, run)
+        self._note(sequence, 0)
+        self._announce(sequence)
+        return True
+
+    def _clear(self, slot: int, sequence: Sequence) -> None:
+        """Have a slot keep its conversation only if a sequence goes on with it."""
+        held = self.slots.conversations[slot]
+        if held is not None and (sequence.keys is None or not _continues(held, sequence)):
+            self.ledger.replace_conversation(slot, None)
+
+    def _enter(self, slot: int, sequence: Sequence) -> None:
+        """Move a waiting sequence into a slot."""
+        self._waiting.remove(sequence)
+        sequence.slot, self.slots.sequences[slot] = slot, sequence
+        if sequence.admitted is None:
+            sequence.admitted = self._clock()
 
     def _first_page(self, sequence: Sequence) -> bool:
         """Whether a waiting request can begin: a younger one, which had not to wait for its slot, makes room."""
@@ -349,6 +350,8 @@ class Scheduler:
 
     def _adopt(self, sequence: Sequence) -> None:
         """Begin with what is cached of a sequence in a slot."""
+        if sequence.slot is not None:
+            self._journal.clear(sequence.slot)
         self.ledger.adopt(sequence)
         if sequence.slot is not None:
             self._page_tables[sequence.slot, : len(sequence.table.pages)] = sequence.table.pages
@@ -399,6 +402,7 @@ class Scheduler:
 
     def _vacate(self, sequence: Sequence) -> None:
         if sequence.slot is not None:
+            self._journal.clear(sequence.slot)
             self.slots.sequences[sequence.slot] = None
             sequence.slot = None
         if sequence.load is not None:

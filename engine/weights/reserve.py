@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import mmap
 import os
 from collections.abc import Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -15,13 +14,10 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from numoe.engine.advice import COLLAPSE, PART_BYTES, POPULATE_WRITE, advise
+from numoe.engine.advice import PART_BYTES, POPULATE_WRITE, advise, bind_if_possible, collapse
 from numoe.engine.errors import ResourceError
-from numoe.engine.numa import PAGE_BYTES, bind_memory
-from numoe.engine.weights.mapping import HUGE_BYTES
 from numoe.engine.weights.media import Medium
 
-_PART_BLOCKS: Final = PART_BYTES // HUGE_BYTES
 _NO_ROOM: Final = (errno.ENOMEM, errno.EFAULT, errno.ENOSPC)
 
 
@@ -32,16 +28,15 @@ def reserve(
     """Have every page of a new file, or raise ResourceError: a page that fails later is a bus error.
 
     file: mapped as `map_file` does. nodes: where the pages shall lie, none for anywhere. on_thread: run by each
-    of the threads first. Returns the medium that it got: Linux since 6.1 makes huge pages of those in /dev/shm
-    when asked to, whatever the system's settings.
+    of the threads first. Returns the medium that it got: those in /dev/shm may become huge pages, see `collapse`.
     """
     nbytes, address = len(file), file.ctypes.data
     if medium.kind == "transparent":
         advise(address, nbytes, mmap.MADV_HUGEPAGE)
     with ThreadPoolExecutor(threads, thread_name_prefix="numoe-reserve", initializer=on_thread) as pool:
-        if medium.kind != "hugetlbfs" and _collapse(address, nbytes, nodes, pool):
+        if medium.kind != "hugetlbfs" and collapse(address, nbytes, nodes, pool.map):
             medium = replace(medium, kind="transparent")
-        _bind(address, nbytes, nodes)
+        bind_if_possible(address, nbytes, nodes)
         parts = range(0, nbytes, PART_BYTES)
         codes = pool.map(lambda at: advise(address + at, min(PART_BYTES, nbytes - at), POPULATE_WRITE), parts)
         code = next((code for code in codes if code), 0)
@@ -52,32 +47,6 @@ def reserve(
     if code:
         raise ResourceError(f"{path}: {nbytes / 1e9:.2f} GB of memory cannot be had: {os.strerror(code)}")
     return medium
-
-
-def _bind(address: int, nbytes: int, nodes: tuple[int, ...]) -> None:
-    if nodes:
-        with contextlib.suppress(OSError):  # no NUMA, or a container that forbids it: `SliceReporter` finds out
-            bind_memory(address, nbytes, *nodes)
-
-
-def _collapse(address: int, nbytes: int, nodes: tuple[int, ...], pool: Executor) -> bool:
-    """Make huge pages of a mapping that nobody has touched yet, on several nodes in turn; whether that worked."""
-    blocks, done = range(address, address + nbytes // HUGE_BYTES * HUGE_BYTES, HUGE_BYTES), list[bool]()
-    for number in range(max(1, len(nodes))):
-        _bind(address, nbytes, nodes[number : number + 1])
-        mine = blocks[number :: max(1, len(nodes))]
-        parts = [mine[start : start + _PART_BLOCKS] for start in range(0, len(mine), _PART_BLOCKS)]
-        done += pool.map(_collapse_blocks, parts)
-    return bool(done) and all(done)
-
-
-def _collapse_blocks(blocks: range) -> bool:
-    """Touch a page of each block, to have it on its node; the kernel adds the others and makes them one."""
-    if any(advise(block, PAGE_BYTES, POPULATE_WRITE) for block in blocks):
-        return False
-    if blocks.step == HUGE_BYTES:
-        return advise(blocks[0], len(blocks) * HUGE_BYTES, COLLAPSE) == 0
-    return not any(advise(block, HUGE_BYTES, COLLAPSE) for block in blocks)
 
 
 def _allocate(descriptor: int, nbytes: int) -> int:

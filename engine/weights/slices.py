@@ -22,10 +22,10 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from numoe.engine.errors import AccessError, DataLossError, PreconditionError, ResourceError, UnavailableError
+from numoe.engine.mapping import map_file
 from numoe.engine.private import make_private_folder
 from numoe.engine.weights.contents import CONTENT
 from numoe.engine.weights.header import HEADER_BYTES, PIECE, SliceHeader, file_bytes, read_header, write_header
-from numoe.engine.weights.mapping import map_file
 from numoe.engine.weights.media import Medium, choose_medium, shm_medium, weights_root
 from numoe.engine.weights.reserve import no_room, reserve
 from numoe.engine.weights.source import layout_identity

@@ -98,6 +98,12 @@ class Engine:
             self._unsent = []
             self._changed.notify_all()
 
+    def settle(self) -> None:
+        """Every request that a worker before has left has come again, or will not."""
+        with self._changed:
+            self._scheduler.ledger.forget_kept()
+            self._changed.notify_all()
+
     def status(self) -> WorkerStatus:
         """What is running, what waits, and where the last step's time went."""
         with self._changed:

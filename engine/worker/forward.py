@@ -66,8 +66,9 @@ class CpuForward:
         self, config: ModelConfig, gguf: GgufFile, mailbox: Mailbox | None, options: ForwardOptions, progress: Progress
     ) -> None:
         self.config, self.options, self._mailbox = config, options, mailbox
-        self.pool = KvPool(config, options.n_pages, options.kv_type)
-        touch_beside(self.pool.data, "the KV cache (--ctx-size, --parallel)", options.nodes)
+        self.pool = KvPool(config, options.n_pages, options.kv_type, options.keepsakes)
+        what = "the KV cache (--ctx-size, --parallel)"
+        touch_beside(self.pool.data, what, options.nodes, shared=bool(options.keepsakes))
         self.weights = DenseWeights(gguf, options, progress)
         self.pages = CpuPages(config, self.pool)
         self._step = record([0] * STEP_FIELDS)
@@ -125,6 +126,11 @@ class CpuForward:
     def times_ms(self) -> dict[str, float]:
         """Where the last step's time went, in milliseconds."""
         return {part: self._step[TIMES + i] / 1e6 for i, part in enumerate(PARTS)}
+
+    @property
+    def kv_identity(self) -> bytes:
+        """As `Forward.kv_identity`."""
+        return self.pool.identity
 
     @property
     def few_rows(self) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from numoe.engine.keeper import Keepsakes
 from numoe.engine.kv.port import PagePort
 from numoe.engine.models.config import ModelConfig
 from numoe.engine.sampling import StepLogits
@@ -37,7 +38,8 @@ class ForwardOptions:
     shard_bound_s: how long a shard may show no sign of life. kv_type: of the KV cache. shared: where a CPU's
     weights lie, None for memory of the process. gpu_layers: of the layers with routed experts that many, the
     first ones, have them on the GPU. cpus: of the team's threads, one each, none to leave them where the
-    system puts them. nodes: from which a CPU's KV pages come in turn, none for anywhere.
+    system puts them. nodes: from which a CPU's KV pages come in turn, none for anywhere. keepsakes: what outlives the
+    worker: KV pages, and weights in a GPU's memory.
     """
 
     max_rows: int
@@ -52,6 +54,7 @@ class ForwardOptions:
     gpu_layers: int = 0
     cpus: tuple[int, ...] = ()
     nodes: tuple[int, ...] = ()
+    keepsakes: Keepsakes = field(default_factory=Keepsakes)
 
 
 def nothing() -> None:
@@ -67,6 +70,10 @@ class Forward(Protocol):
     @property
     def pages(self) -> PagePort:
         """The way to the KV pages, for the prompt cache."""
+
+    @property
+    def kv_identity(self) -> bytes:
+        """Of the memory of the KV pages: a worker before that had the same has left in them what it computed."""
 
     def run(self, batch: Batch, meanwhile: Callable[[], None] = nothing) -> StepLogits:
         """The logits [len(batch.logit_rows), vocab] of a batch; its rows go to the KV pool.
