@@ -57,7 +57,7 @@ class Assembly:
 
     def launch(self) -> None:
         """Place all actors and bring them up. Raises the first one's error."""
-        self._keeper = Keeper(self._folder / SOCKET)
+        self._keep()
         self._placing.reserve()
         if self._endpoint is not None:
             self.members.append(Member("gateway", "gateway"))
@@ -95,6 +95,14 @@ class Assembly:
         """Keep the weights in shared memory, whoever dies."""
         self.weights = hold_weights(self._folder)
 
+    def _keep(self) -> None:
+        """Keep the worker's memory, as far as there is room for a socket."""
+        if self._keeper is None:
+            try:
+                self._keeper = Keeper(self._folder / SOCKET)
+            except OSError as error:
+                logger.warning("the worker's memory may not outlive it: %s: %s", self._folder, error.strerror)
+
     def let_go(self) -> None:
         """Keep nothing any more: what nobody else uses can be freed."""
         for weights in self.weights:
@@ -105,7 +113,7 @@ class Assembly:
     def take_over(self, record: ServerRecord) -> list[Member]:
         """Go on where another supervisor has died; the members that have to be replaced."""
         remove_staged(self._folder)  # only supervisors write there
-        self._keeper = Keeper(self._folder / SOCKET)
+        self._keep()
         self._placing.take_over()
         self.address, self.phase, self.supervisors = record.address, record.phase, record.restarts + 1
         self.keep_weights, self.drain_until = record.keep_weights, record.drain_until
@@ -161,6 +169,7 @@ class Assembly:
 
         afresh: a worker does not go on with the memory of those before: it may be what they died of.
         """
+        self._keep()
         if afresh and member.role == "attention" and self._keeper is not None:
             self._keeper.forget()
         if member.role == "gateway":

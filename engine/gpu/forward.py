@@ -8,10 +8,10 @@ rows, launched one by one.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from numoe.engine.errors import UnavailableError
 from numoe.engine.experts.mailbox import LateShardError, Mailbox
-from numoe.engine.experts.shard import ShardSlice, expert_layers
+from numoe.engine.experts.shard import ShardSlice, expert_layers, expert_names
 from numoe.engine.formats.layouts import packed_format
 from numoe.engine.gguf import GgufFile
 from numoe.engine.gpu import rows as ops
@@ -37,13 +37,16 @@ from numoe.engine.gpu.pairs import ExpertPairs
 from numoe.engine.gpu.resident import ResidentExperts
 from numoe.engine.gpu.step import StepInputs
 from numoe.engine.gpu.streamed import StreamedExperts
+from numoe.engine.gpu.vram import WeightMemory
 from numoe.engine.gpu.weights import GpuWeights
 from numoe.engine.kv.pages import pages_for
 from numoe.engine.models.config import ModelConfig
+from numoe.engine.private import replace_private
 from numoe.engine.progress import Progress
 from numoe.engine.sampling import HostLogits, StepLogits
 from numoe.engine.scheduler import Batch
 from numoe.engine.worker.options import ForwardOptions, nothing
+from numoe.engine.worker.weights import dense_tensor_names
 
 if TYPE_CHECKING:
     import cupy as cp
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
 GRAPH_ROWS = 16
 """Rows of a step that runs as a captured graph at most."""
 
+_STREAM_FROM = "stream-from"
 _ASLEEP = 0.8
 """Of a step's expected time, for how much of it the host's thread sleeps."""
 
@@ -65,8 +69,11 @@ class GpuForward:
         self._stream = cupy().cuda.Stream(non_blocking=True)
         self._took: dict[int, float] = {}  # seconds of a step, by its rows, as of the fast ones
         with self._stream, compiling_told(progress.tell):
-            self.weights = GpuWeights(gguf, options.max_rows, progress)
-            self.pool = GpuKvPool(config, options.n_pages, options.kv_type)
+            layers = expert_layers(config, gguf)[: options.gpu_layers] if config.moe is not None else []
+            names = [*dense_tensor_names(gguf), *(name for layer in layers for name in expert_names(layer))]
+            memory = WeightMemory(options.keepsakes, gguf, names)
+            self.weights = GpuWeights(gguf, options.max_rows, memory, progress)
+            self.pool = GpuKvPool(config, options.n_pages, options.kv_type, options.keepsakes)
             self.pages = GpuPages(config, self.pool)
             self._inputs = StepInputs(options.max_rows, options.slots, pages_for(options.context))
             self._lookahead = Lookahead(self.pool, config.n_kv_heads)
@@ -78,11 +85,11 @@ class GpuForward:
             self._exchange: GpuExchange | None = None
             self._streamed: StreamedExperts | None = None
             self.stream_from: int | None = None  # measured when the first batch of many rows comes
+            self._folder: Path | None = None
             if config.moe is not None:
                 self._pairs = ExpertPairs(config, gguf, options.max_rows)
-                layers = expert_layers(config, gguf)[: options.gpu_layers]
                 workspace = self.weights.workspace
-                self._resident = ResidentExperts(config.moe, gguf, layers, self._pairs, workspace, progress)
+                self._resident = ResidentExperts(config.moe, gguf, layers, self._pairs, workspace, memory, progress)
             if mailbox is not None and config.moe is not None:
                 self._exchange = GpuExchange(
                     mailbox, config.moe, reads_f32=_reads_f32(gguf), bound_s=options.shard_bound_s
@@ -91,6 +98,9 @@ class GpuForward:
             self._graphs: dict[int, cp.cuda.Graph] = {}
             self._step_ms = 0.0
             self._stream.synchronize()
+            memory.keep()
+            if memory.is_loaded:
+                progress.skip()
             self._graph(1)  # now, so that its kernels are compiled
 
     @property
@@ -133,6 +143,8 @@ class GpuForward:
         rows = len(batch.token_ids)
         if rows > GRAPH_ROWS and self.stream_from is None:
             self.stream_from = self._measure_threshold()
+            if self._folder is not None:
+                replace_private(self._folder / _STREAM_FROM, str(self.stream_from).encode())
         with self._stream:
             graph = self._graph(rows) if rows <= GRAPH_ROWS else None
         start = time.perf_counter()
@@ -176,7 +188,7 @@ class GpuForward:
         self._stream.synchronize()
         return time.perf_counter() - start
 
-    @contextmanager
+    @contextlib.contextmanager
     def _stepping(self) -> Iterator[None]:
         """Keep the shards' threads from sleeping."""
         if self._mailbox is None:
@@ -235,6 +247,11 @@ class GpuForward:
         return {"attention": max(0.0, self._step_ms - experts - wait), "experts": experts, "wait": wait}
 
     @property
+    def kv_identity(self) -> bytes:
+        """As `Forward.kv_identity`."""
+        return self.pool.identity
+
+    @property
     def few_rows(self) -> int:
         """As `Forward.few_rows`: the rows of a graph."""
         return GRAPH_ROWS
@@ -250,7 +267,13 @@ class GpuForward:
         return ()
 
     def attach_experts(self, folder: Path) -> None:
-        """Map the shards' weights in `folder`, which are there now, to stream them for large batches."""
+        """Map the shards' weights in `folder`, which are there now, to stream them for large batches.
+
+        From how many rows on is what a worker before has measured, if there was one: prompts are computed as they were.
+        """
+        self._folder = folder
+        with contextlib.suppress(FileNotFoundError):
+            self.stream_from = int((folder / _STREAM_FROM).read_bytes())
         if self._mailbox is not None and self._pairs is not None:
             shards, skipped = self._mailbox.layout.shards, self.options.gpu_layers
             cuts = [ShardSlice(i, shards, skipped) for i in range(shards)]

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from numoe.engine.errors import UnsupportedError
+from numoe.engine.gpu.vram import KeptVram
+from numoe.engine.keeper import Keepsakes
 from numoe.engine.kv.pages import PAGE_TOKENS
 from numoe.engine.models.config import ModelConfig
 from numoe.engine.worker.kv_pool import KvType
@@ -51,19 +53,23 @@ class GpuKvPool:
     """`n_pages` pages of 256 tokens on the current device: uint8 [n_pages, layers, layer_bytes].
 
     A layer's part of a page holds, for each KV head, keys (`key_bytes`), then values. Nothing is
-    written to begin with. UnsupportedError as `check_kv_type`.
+    written to begin with. keepsakes, identity: as of `worker.kv_pool.KvPool`. UnsupportedError as `check_kv_type`.
     """
 
-    def __init__(self, config: ModelConfig, n_pages: int, kind: KvType) -> None:
-        import cupy
-
+    def __init__(
+        self, config: ModelConfig, n_pages: int, kind: KvType, keepsakes: Keepsakes | None = None
+    ) -> None:  # fmt: skip
         check_kv_type(config, kind)
         self.kind, self._dim = kind, config.head_dim
         self.key_bytes = cell_bytes(kind.keys, config.head_dim)
         self.head_bytes = self.key_bytes + cell_bytes(kind.values, config.head_dim)
         self.layer_bytes = config.n_kv_heads * self.head_bytes
         self.page_bytes = config.n_layers * self.layer_bytes
-        self.data: cp.ndarray = cupy.empty((n_pages, config.n_layers, self.layer_bytes), np.uint8)
+        layout = f"{n_pages} GPU pages of {self.page_bytes}, keys {kind.keys}, values {kind.values}".encode()
+        memory = KeptVram(keepsakes or Keepsakes(), "kv", layout, n_pages * self.page_bytes)
+        memory.keep()  # whatever is in it: the journal says what that is
+        self.identity = memory.identity
+        self.data: cp.ndarray = memory.array.reshape(n_pages, config.n_layers, self.layer_bytes)
 
     @staticmethod
     def nbytes(config: ModelConfig, n_pages: int, kind: KvType) -> int:

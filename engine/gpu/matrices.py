@@ -28,6 +28,8 @@ from numoe.engine.progress import Progress
 if TYPE_CHECKING:
     import cupy as cp
 
+    from numoe.engine.gpu.vram import WeightMemory
+
 GEMV_ROWS = 16
 """Rows of activations up to which products read the weights as they are stored."""
 
@@ -134,6 +136,13 @@ def _sms() -> int:
     return current().sms
 
 
+def matrix_bytes(qtype: QuantType, rows: int, cols: int) -> int:
+    """Bytes of VRAM that a matrix takes."""
+    if qtype in FLOATS:
+        return FLOATS[qtype] * rows * cols
+    return -(-rows // _TILE_ROWS) * TILE_FORMATS[qtype].row_bytes(-(-cols // _TILE_COLS))
+
+
 _PRODUCTS = np.dtype({
     "names": ["each", "count"],
     "formats": [(np.dtype([("weights", "u8"), ("out", "u8"), ("out_rows", "i8")]), PRODUCTS_AT_ONCE), "i8"],
@@ -152,28 +161,33 @@ class GpuMatrix:
     format's block and of 32.
     """
 
-    def __init__(self, qtype: QuantType, out_rows: int, cols: int, workspace: Workspace) -> None:
+    def __init__(
+        self, qtype: QuantType, out_rows: int, cols: int, workspace: Workspace, memory: WeightMemory | None = None
+    ) -> None:
         if qtype not in FLOATS and qtype not in TILE_FORMATS:
             raise UnsupportedError(f"weight format {qtype.name} is not supported on a GPU")
         self.qtype, self.out_rows, self.cols, self._workspace = qtype, out_rows, cols, workspace
         self.tiles = -(-cols // _TILE_COLS)
         self.groups = -(-out_rows // _TILE_ROWS)
         self._kernels = _kernels(qtype)
-        if self.is_float:
-            self.nbytes = out_rows * cols * FLOATS[qtype]
-        else:
-            self.nbytes = self.groups * TILE_FORMATS[qtype].row_bytes(self.tiles)
-            if self._shared_bytes(1) > _shared_limit():
-                raise UnsupportedError(f"rows of {cols} weights are too long for this GPU's shared memory")
-        self.data = cupy().empty(self.nbytes, np.uint8)
+        self.nbytes = matrix_bytes(qtype, out_rows, cols)
+        if not self.is_float and self._shared_bytes(1) > _shared_limit():
+            raise UnsupportedError(f"rows of {cols} weights are too long for this GPU's shared memory")
+        self.data = cupy().empty(self.nbytes, np.uint8) if memory is None else memory.take(self.nbytes)
 
     @classmethod
     def load(
-        cls, gguf: GgufFile, name: str, workspace: Workspace, staging: Staging, progress: Progress | None = None
-    ) -> GpuMatrix:
-        """Tensor `name` of a file, brought to VRAM on the current stream; progress counts bytes of the file."""
+        cls, gguf: GgufFile, name: str, workspace: Workspace, staging: Staging, progress: Progress | None = None,
+        memory: WeightMemory | None = None,
+    ) -> GpuMatrix:  # fmt: skip
+        """Tensor `name` of a file, brought to VRAM on the current stream; progress counts bytes of the file.
+
+        memory: where it shall lie, or lies already; None for memory of its own.
+        """
         info = gguf.tensors[name]
-        matrix = cls(info.qtype, info.rows, info.shape[-1], workspace)
+        matrix = cls(info.qtype, info.rows, info.shape[-1], workspace, memory)
+        if memory is not None and memory.is_loaded:
+            return matrix
         raw = gguf.read(name).reshape(info.rows, info.row_bytes)
         for first, rows, address in staging.upload(raw, _TILE_ROWS):
             matrix._store(first, rows, info.row_bytes, address)

@@ -11,6 +11,7 @@ from numoe.engine.gpu import rows as ops
 from numoe.engine.gpu.matrices import GEMV_ROWS, GpuMatrix, Workspace, multiply_chosen
 from numoe.engine.gpu.pairs import ExpertPairs
 from numoe.engine.gpu.staging import Staging
+from numoe.engine.gpu.vram import WeightMemory
 from numoe.engine.models.config import MoeConfig
 from numoe.engine.progress import Progress
 
@@ -23,14 +24,14 @@ class ResidentExperts:
 
     def __init__(
         self, moe: MoeConfig, gguf: GgufFile, layers: Sequence[int],
-        pairs: ExpertPairs, workspace: Workspace, progress: Progress,
+        pairs: ExpertPairs, workspace: Workspace, memory: WeightMemory, progress: Progress,
     ) -> None:  # fmt: skip
         self._moe, self._pairs, self._layers = moe, pairs, dict[int, dict[str, GpuMatrix]]()
         staging = Staging()
         try:
             for layer in layers:
                 self._layers[layer] = {
-                    part: GpuMatrix.load(gguf, name, workspace, staging, progress)
+                    part: GpuMatrix.load(gguf, name, workspace, staging, progress, memory)
                     for part, name in zip(PARTS, expert_names(layer), strict=True)
                 }
         finally:

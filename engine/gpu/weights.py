@@ -10,10 +10,11 @@ import numpy as np
 from numoe.engine.experts.shard import ShardSlice
 from numoe.engine.gguf import GgufFile
 from numoe.engine.gpu.device import cupy
-from numoe.engine.gpu.matrices import FLOATS, TILE_FORMATS, GpuMatrix, Workspace
+from numoe.engine.gpu.matrices import FLOATS, TILE_FORMATS, GpuMatrix, Workspace, matrix_bytes
 from numoe.engine.gpu.pairs import ExpertPairs
 from numoe.engine.gpu.staging import Staging
 from numoe.engine.gpu.streamed import ring_bytes
+from numoe.engine.gpu.vram import WeightMemory
 from numoe.engine.models.config import ModelConfig
 from numoe.engine.progress import Progress
 from numoe.engine.worker.weights import dense_tensor_names
@@ -27,7 +28,7 @@ _WORKSPACE_BYTES = 256 << 20
 class GpuWeights:
     """Matrices and vectors by the names of their tensors, loaded on the current stream."""
 
-    def __init__(self, gguf: GgufFile, max_rows: int, progress: Progress) -> None:
+    def __init__(self, gguf: GgufFile, max_rows: int, memory: WeightMemory, progress: Progress) -> None:
         self.matrices: dict[str, GpuMatrix] = {}
         self.vectors: dict[str, cp.ndarray] = {}
         names = dense_tensor_names(gguf)
@@ -39,7 +40,7 @@ class GpuWeights:
                 if len(gguf.tensors[name].shape) == 1:
                     self.vectors[name] = cupy().asarray(gguf.dequantize(name), np.float32)
                 else:
-                    self.matrices[name] = GpuMatrix.load(gguf, name, workspace, staging, progress)
+                    self.matrices[name] = GpuMatrix.load(gguf, name, workspace, staging, progress, memory)
         finally:
             staging.close()
 
@@ -49,13 +50,10 @@ def dense_bytes(gguf: GgufFile, names: Iterable[str]) -> int:
     total = 0
     for name in names:
         info = gguf.tensors[name]
-        rows, cols = (info.rows, info.shape[-1]) if len(info.shape) > 1 else (1, info.shape[0])
         if len(info.shape) == 1:
-            total += 4 * cols
-        elif info.qtype in FLOATS:
-            total += FLOATS[info.qtype] * rows * cols
-        elif info.qtype in TILE_FORMATS:
-            total += -(-rows // 16) * TILE_FORMATS[info.qtype].row_bytes(-(-cols // 64))
+            total += 4 * info.shape[0]
+        elif info.qtype in FLOATS or info.qtype in TILE_FORMATS:
+            total += matrix_bytes(info.qtype, info.rows, info.shape[-1])
     return total
 
 

@@ -211,7 +211,7 @@ def test_a_server_goes_on_while_its_state_cannot_be_saved(
         fake.of("gateway")[0].die()
         wait_for(lambda: len(fake.of("gateway")) == 2 and fake.of("gateway")[1].called("serve"))
         assert record() == before
-        assert {path.name for path in (shm.ROOT / INSTANCE).iterdir()} == {"server", "owner"}
+        assert {path.name for path in (shm.ROOT / INSTANCE).iterdir()} == {"server", "owner", "keeper"}
     wait_for(lambda: record() != before)
     assert fake.of("gateway")[1].name in {member.actor for member in record().members}
     assert [line.getMessage() for line in caplog.records if "cannot be saved" in line.getMessage()] == [
