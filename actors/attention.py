@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from numoe.cluster.plan import Plan
 from numoe.cluster.status import ActorPlacement
 from numoe.engine.errors import NumoeError
 from numoe.engine.keeper import SOCKET, Keepsakes
+from numoe.engine.private import replace_private
 from numoe.engine.progress import Progress
 from numoe.engine.requests import Event, GenerationRequest, SlotReport, SnapshotInfo, WorkerStatus
 
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_JOURNAL = "pages"
+_JOURNAL, _GPU = "pages", "gpu"
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 _GPU_SHARD_BOUND_S = 0.8  # nobody is served by a GPU that waits for a shard which has died
 
 
@@ -35,6 +38,7 @@ class AttentionActor:
     def __init__(self, plan: Plan, folder: str) -> None:
         self._plan, self._folder = plan, Path(folder)
         self._keepsakes = Keepsakes(self._folder / SOCKET)
+        self._gguf: GgufFile | None = None
         self._gateway: Any = None
         self._connection, self._pushes, self._pushing = 0, 0, threading.Lock()
         self._loop: Future[None] | None = None
@@ -44,10 +48,27 @@ class AttentionActor:
         """Who this process is."""
         return identity()
 
+    def prepare(self) -> None:
+        """Do what takes long and needs neither shards nor GPU: importing, kernels, reading the model's header."""
+        import numoe.engine.worker.engine  # noqa: F401
+        from numoe.engine.gguf import GgufFile
+        from numoe.engine.gpu.device import import_libraries
+        from numoe.engine.kernels import compile_kernel, needed_kernels
+
+        _forward_of(self._plan)
+        if self._plan.gpu:
+            import_libraries()
+        self._gguf = GgufFile.open(self._plan.model)
+        for name in needed_kernels(self._gguf):
+            if name.startswith("pages:" if self._plan.gpu else ("product:", "step:", "pages:", "loop:team", "unpack:")):
+                compile_kernel(name)
+
     def open_mailbox(self, *, create: bool) -> None:
         """Make the mailbox that the shards attach to, or take the place of the worker that made it."""
         from numoe.engine.experts.mailbox import Mailbox
 
+        if self._plan.gpu:
+            _use_gpu_of(self._folder / _GPU, first=create)
         layout, path = self._plan.mailbox, str(self._folder / "mailbox")
         self._mailbox = None
         if layout is not None:
@@ -62,7 +83,7 @@ class AttentionActor:
         from numoe.engine.worker.options import ForwardOptions, SharedWeights
 
         plan, folder = self._plan, self._folder
-        self._gguf = GgufFile.open(plan.model)
+        self._gguf = self._gguf or GgufFile.open(plan.model)
         options = ForwardOptions(
             max_rows=plan.max_rows,
             slots=plan.slots,
@@ -92,6 +113,7 @@ class AttentionActor:
         from numoe.engine.worker.engine import Engine
 
         plan = self._plan
+        assert self._gguf is not None
         self._forward.attach_experts(self._folder)
         tiers = _tiers(plan, self._gguf, self._folder)
         self._gguf.close()
@@ -276,6 +298,19 @@ def _rounding(plan: Plan) -> bytes:
 
     gpu = plan.gpu and (plan.gpu.name, plan.gpu.capability, plan.gpu.sms)
     return rounding_of(kernel_cache_dir(choose_isa()).name, gpu, len(plan.shards), plan.gpu_layers)
+
+
+def _use_gpu_of(path: Path, *, first: bool) -> None:
+    """Use the GPU that the server's first worker got from Ray: a spare gets none, and memory is that GPU's.
+
+    Works as long as the process has not called CUDA.
+    """
+    if first:
+        replace_private(path, os.environ.get(_VISIBLE, "").encode())
+    elif visible := path.read_text():
+        os.environ[_VISIBLE] = visible
+    else:
+        os.environ.pop(_VISIBLE, None)
 
 
 def _forward_of(plan: Plan) -> Callable[..., Forward]:

@@ -26,8 +26,8 @@ NAMESPACE = "numoe"
 _PLACEMENT_TIMEOUT_S = 30.0
 _SMALL_CPUS = 0.1  # what Ray books for an actor that computes little, or alternates with others
 _CONCURRENCY: dict[ActorRole, int] = {"gateway": 64, "attention": 32, "expert": 8}
-_SPARED: tuple[ActorRole, ...] = ("gateway", "expert")
-"""Of these a spare waits. A spare attention worker could not see the GPU before the dead one has left it."""
+_SPARED: tuple[ActorRole, ...] = ("gateway", "expert", "attention")
+"""Of these a spare waits."""
 
 
 class ActorClasses(msgspec.Struct, frozen=True):
@@ -42,7 +42,8 @@ class Placing:
     """The actors of one server in Ray. They are detached: none of them dies with the supervisor.
 
     A spare has done everything that takes long and that any actor of its role does: starting Python, importing,
-    reading the tokenizer. It takes a dead one's place in a fraction of the time.
+    reading the tokenizer. It takes a dead one's place in a fraction of the time. For the attention worker's spare no
+    GPU is booked: it takes that of the dead one, which stays booked for the server.
     """
 
     def __init__(self, instance: str, plan: Plan, classes: ActorClasses, folder: str) -> None:

@@ -35,7 +35,7 @@ MAX_SLOTS = 256
 DEVICES = ("auto", "cpu", "gpu")
 GPU_RESERVE = 1 << 30
 """Bytes of VRAM that are left to CUDA's context, its libraries' workspaces and captured graphs."""
-PROCESSES_BYTES, SHARD_PROCESS_BYTES = 800 << 20, 100 << 20
+PROCESSES_BYTES, SHARD_PROCESS_BYTES = 1080 << 20, 110 << 20
 """What a server takes beside the model, as measured: Ray's and numoe's processes with spares, and each shard's."""
 _SHM_FREE = Path("/dev/shm")  # noqa: S108 - that is where weights live
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import logging
 import subprocess
@@ -45,6 +46,12 @@ def cupy() -> Any:
             "CuPy is not installed; install numoe[cuda12] or numoe[cuda13], whichever the driver supports"
         ) from None
     return cupy
+
+
+def import_libraries() -> None:
+    """Import CuPy and what it imports when it is used; CUDA is not called."""
+    cupy()
+    importlib.import_module("cupyx")
 
 
 def current() -> Device:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from numoe.engine.errors import UnavailableError
 from numoe.engine.experts.mailbox import LateShardError, Mailbox
-from numoe.engine.experts.shard import ShardSlice, expert_layers, expert_names
+from numoe.engine.experts.shard import ShardSlice, expert_layers, expert_names, plan_slice
 from numoe.engine.formats.layouts import packed_format
 from numoe.engine.gguf import GgufFile
 from numoe.engine.gpu import rows as ops
@@ -65,7 +65,7 @@ class GpuForward:
     def __init__(
         self, config: ModelConfig, gguf: GgufFile, mailbox: Mailbox | None, options: ForwardOptions, progress: Progress
     ) -> None:
-        self.config, self.options, self._mailbox, self._path = config, options, mailbox, gguf.path
+        self.config, self.options, self._mailbox = config, options, mailbox
         self._stream = cupy().cuda.Stream(non_blocking=True)
         self._took: dict[int, float] = {}  # seconds of a step, by its rows, as of the fast ones
         with self._stream, compiling_told(progress.tell):
@@ -80,28 +80,36 @@ class GpuForward:
             self._attention = GpuAttention(
                 config, self.pool, options.max_rows, options.slots, pages_for(options.context)
             )
-            self._pairs: ExpertPairs | None = None
-            self._resident: ResidentExperts | None = None
-            self._exchange: GpuExchange | None = None
-            self._streamed: StreamedExperts | None = None
-            self.stream_from: int | None = None  # measured when the first batch of many rows comes
-            self._folder: Path | None = None
-            if config.moe is not None:
-                self._pairs = ExpertPairs(config, gguf, options.max_rows)
-                workspace = self.weights.workspace
-                self._resident = ResidentExperts(config.moe, gguf, layers, self._pairs, workspace, memory, progress)
-            if mailbox is not None and config.moe is not None:
-                self._exchange = GpuExchange(
-                    mailbox, config.moe, reads_f32=_reads_f32(gguf), bound_s=options.shard_bound_s
-                )
+            self._make_experts(gguf, layers, memory, progress)
             self._make_buffers()
             self._graphs: dict[int, cp.cuda.Graph] = {}
             self._step_ms = 0.0
             self._stream.synchronize()
             memory.keep()
+            self._has_predecessor = memory.is_loaded
             if memory.is_loaded:
                 progress.skip()
             self._graph(1)  # now, so that its kernels are compiled
+
+    def _make_experts(self, gguf: GgufFile, layers: list[int], memory: WeightMemory, progress: Progress) -> None:
+        """What computes routed experts: those of `layers` here, the others in the shards, or streamed from there."""
+        config, options, mailbox = self.config, self.options, self._mailbox
+        self._pairs: ExpertPairs | None = None
+        self._resident: ResidentExperts | None = None
+        self._exchange: GpuExchange | None = None
+        self._streamed: StreamedExperts | None = None
+        self.stream_from: int | None = None  # measured when the first batch of many rows comes
+        self._folder: Path | None = None
+        self._cuts: list[ShardSlice] = []
+        if config.moe is not None:
+            self._pairs = ExpertPairs(config, gguf, options.max_rows)
+            workspace = self.weights.workspace
+            self._resident = ResidentExperts(config.moe, gguf, layers, self._pairs, workspace, memory, progress)
+            if mailbox is not None:
+                bound_s, count = options.shard_bound_s, mailbox.layout.shards
+                self._exchange = GpuExchange(mailbox, config.moe, reads_f32=_reads_f32(gguf), bound_s=bound_s)
+                self._cuts = [ShardSlice(i, count, options.gpu_layers) for i in range(count)]
+        self._slices = [plan_slice(config, gguf, cut) for cut in self._cuts]
 
     @property
     def _first_expert_layer(self) -> int:
@@ -274,11 +282,11 @@ class GpuForward:
         self._folder = folder
         with contextlib.suppress(FileNotFoundError):
             self.stream_from = int((folder / _STREAM_FROM).read_bytes())
-        if self._mailbox is not None and self._pairs is not None:
-            shards, skipped = self._mailbox.layout.shards, self.options.gpu_layers
-            cuts = [ShardSlice(i, shards, skipped) for i in range(shards)]
-            with self._stream, GgufFile.open(self._path) as gguf:
-                self._streamed = StreamedExperts(self.config, gguf, folder, cuts, self._pairs)
+        if self._pairs is not None and self._cuts:
+            with self._stream:
+                self._streamed = StreamedExperts(
+                    self.config, folder, self._cuts, self._slices, self._pairs, beside=self._has_predecessor
+                )
 
     def close(self) -> None:
         """Give host memory that CUDA has pinned back to the host alone."""

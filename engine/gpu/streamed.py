@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,18 +49,23 @@ class _Portion:
 class StreamedExperts:
     """The experts of the layers that shards hold, multiplied in `pairs`.
 
-    folder: of the server, with links to the shards' slices. cuts: what each of them holds.
+    folder: of the server, with links to the shards' slices. cuts: what each of them holds; slices: how that lies
+    there, for each. beside: the slices' memory is pinned beside everything else, whoever needs it waits.
     """
 
     def __init__(
-        self, config: ModelConfig, gguf: GgufFile, folder: Path, cuts: Sequence[ShardSlice], pairs: ExpertPairs
-    ) -> None:
+        self, config: ModelConfig, folder: Path, cuts: Sequence[ShardSlice],
+        slices: Sequence[dict[int, list[ExpertMatrices]]], pairs: ExpertPairs, *, beside: bool,
+    ) -> None:  # fmt: skip
         assert config.moe is not None
-        self._config, self._moe, self._pairs = config, config.moe, pairs
-        self._slices = [plan_slice(config, gguf, cut) for cut in cuts]
+        self._config, self._moe, self._pairs, self._slices = config, config.moe, pairs, slices
         self._ranges = [cut.blocks(config.moe.ffn) for cut in cuts]
         self._segments = [WeightSlice.open(linked(folder, cut.name), writable=True) for cut in cuts]
-        self._memory = [RegisteredMemory(segment.array) for segment in self._segments]
+        pool = ThreadPoolExecutor(1, "numoe-pin")
+        self._pinning = pool.submit(self._pin, int(cupy().cuda.Device().id))
+        pool.shutdown(wait=False)
+        if not beside:
+            self._pinning.result()
         self._packed_bytes = _packed_bytes(self._slices, pairs.portion)
         self._portions = [
             _Portion(layer, first, min(first + pairs.portion, config.moe.n_experts))
@@ -73,8 +79,13 @@ class StreamedExperts:
         self._free = [cupy().cuda.Event(disable_timing=True) for _ in range(RING)]
         self._started = self._done = 0
 
+    def _pin(self, device: int) -> list[RegisteredMemory]:
+        with cupy().cuda.Device(device):
+            return [RegisteredMemory(segment.array) for segment in self._segments]
+
     def layer_seconds(self) -> float:
         """How long the copies of a layer take, measured with one portion."""
+        self._pinning.result()
         pieces = self._pieces(self._portions[0])
         best = np.inf
         for _ in range(3):
@@ -88,6 +99,7 @@ class StreamedExperts:
 
     def begin(self) -> None:
         """A step begins: the first portions set out."""
+        self._pinning.result()
         self._started = self._done = 0
         self._start_copies()
 
@@ -178,7 +190,7 @@ class StreamedExperts:
     def close(self) -> None:
         """Give the shards' memory back to the host alone."""
         self._copies.synchronize()
-        for memory, segment in zip(self._memory, self._segments, strict=True):
+        for memory, segment in zip(self._pinning.result(), self._segments, strict=True):
             memory.close()
             segment.close()
 

@@ -90,7 +90,7 @@ def test_a_successor_loads_no_weights_and_has_the_pages(keeper: Path, tmp_path: 
                 gpu_layers=2, keepsakes=Keepsakes(keeper),
             )  # fmt: skip
             loaded, progress = [0], Progress(1)
-            progress.advance = lambda nbytes: loaded.append(nbytes)  # type: ignore[method-assign]
+            progress.advance = loaded.append  # type: ignore[method-assign]
             forward = GpuForward(ModelConfig.from_gguf(gguf), gguf, None, options, progress)
             rows = [(token, start + i, 0) for i, token in enumerate(tokens[start:])]
             found = np.array(forward.run(batch(forward, rows, range(len(rows)))))
