@@ -130,7 +130,7 @@ def test_a_gateways_clients_may_try_again_at_the_same_address(lasting: ServeProc
     requests = [varied(number) for number in range(STREAMS)]
     before = lasting.status()["actors"]  # not while they run: they might end meanwhile
     victim = next(actor for actor in before if actor["role"] == "gateway")
-    streams = Streams(lasting.address, requests)
+    streams = Streams(lasting.address, [varied(number, 900) for number in range(STREAMS)])
     streams.started(STREAMS)
     os.kill(victim["pid"], KILL)
     assert {stream.error for stream in streams.join()} == {grpc.StatusCode.UNAVAILABLE}
