@@ -24,7 +24,7 @@ from numoe.engine.gguf import GgufFile
 from numoe.engine.gpu.compiler import module
 from numoe.engine.gpu.device import cupy
 from numoe.engine.gpu.pairs import ExpertPairs, portion_experts
-from numoe.engine.gpu.registered import RegisteredMemory
+from numoe.engine.gpu.registered import RegisteredMemory, split
 from numoe.engine.models.config import ModelConfig
 from numoe.engine.weights import WeightSlice, linked
 
@@ -95,7 +95,7 @@ class StreamedExperts:
             best = min(best, time.perf_counter() - start)
         layer = self._portions[0].layer
         total = sum(m.nbytes for plan in self._slices for m in plan[layer])
-        return best * total / sum(nbytes for _, nbytes in pieces)
+        return best * total / sum(nbytes for _, _, nbytes in pieces)
 
     def begin(self) -> None:
         """A step begins: the first portions set out."""
@@ -131,17 +131,20 @@ class StreamedExperts:
             self._copied[slot].record(self._copies)
             self._started += 1
 
-    def _copy(self, pieces: list[tuple[int, int]], slot: int) -> None:
+    def _copy(self, pieces: list[tuple[int, int, int]], slot: int) -> None:
         """Copy pieces of host memory one behind the other into a buffer of the ring."""
         at = self._ring[slot].data.ptr
-        for source, nbytes in pieces:
-            cupy().cuda.runtime.memcpyAsync(at, source, nbytes, _HOST_TO_DEVICE, self._copies.ptr)
+        for start, offset, nbytes in pieces:
+            source = start + offset
+            for part, length in split(start, source, nbytes):
+                to = at + part - source
+                cupy().cuda.runtime.memcpyAsync(to, part, length, _HOST_TO_DEVICE, self._copies.ptr)
             at += align(nbytes)
 
-    def _pieces(self, portion: _Portion) -> list[tuple[int, int]]:
-        """Address and bytes of each piece of a portion: for each shard gate, up and down."""
+    def _pieces(self, portion: _Portion) -> list[tuple[int, int, int]]:
+        """Of each piece of a portion, for each shard gate, up and down: its slice's address, offset and bytes."""
         return [
-            (address(segment.array) + m.offset + portion.first * m.shape.nbytes, _bytes_of(m, portion))
+            (address(segment.array), m.offset + portion.first * m.shape.nbytes, _bytes_of(m, portion))
             for segment, plan in zip(self._segments, self._slices, strict=True)
             for m in plan[portion.layer]
         ]

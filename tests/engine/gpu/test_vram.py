@@ -49,12 +49,17 @@ def keeper(tmp_path: Path) -> Iterator[Path]:
     keeper.close()
 
 
+def leave_memory(keeper: Path, nbytes: int) -> None:
+    """Have a process make memory, write to it, and be killed."""
+    command = [sys.executable, "-c", KILLED, str(keeper), str(nbytes)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+
+
 def test_memory_of_a_killed_process_is_there_as_it_was(keeper: Path) -> None:
     import cupy
 
     cupy.zeros(1)
-    command = [sys.executable, "-c", KILLED, str(keeper), str(NBYTES)]
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    leave_memory(keeper, NBYTES)
     memory = KeptVram(Keepsakes(keeper), "kv", b"as before", NBYTES)
     assert memory.is_old
     assert np.array_equal(memory.array.get(), np.arange(NBYTES, dtype=np.uint32).astype(np.uint8))
@@ -70,9 +75,7 @@ def test_memory_of_another_layout_is_let_go(keeper: Path) -> None:
     cupy.zeros(1)
     runtime, large = cupy.cuda.runtime, 1 << 30
     free = runtime.memGetInfo()[0]
-    memory = KeptVram(Keepsakes(keeper), "kv", b"one", large)
-    memory.keep()
-    del memory
+    leave_memory(keeper, large)
     assert runtime.memGetInfo()[0] <= free - large, "the keeper has it"
     assert not KeptVram(Keepsakes(keeper), "kv", b"another", NBYTES).is_old
     assert runtime.memGetInfo()[0] > free - large
