@@ -1,8 +1,9 @@
 """What the KV pages hold, written where it outlives the worker, as they do: a successor goes on from both.
 
 A slot that runs a request has a row of the page tables, the number of tokens that are computed, and a digest of the
-request's id. A page has its tokens, and the key under which it was published, if it is full and was. A worker may be
-killed between any two words that it writes: counts come after what they count, and are taken back before that changes.
+request's id; beside that each slot has its conversation. A page has its tokens, and if it was published, its key and
+how many tokens it was then. A worker may be killed between any two words that it writes: counts come after what they
+count, and are taken back before that changes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 _IDENTITY_BYTES = 16
 _DIGEST_BYTES = 16
 _KEY_BYTES = 32
+_CONVERSATION_BYTES = 8192  # beside the tokens
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,13 @@ class PageJournal:
     """
 
     def __init__(self, n_pages: int, slots: int, context: int, memory: npt.NDArray[np.uint8] | None = None) -> None:
-        layout = _layout(n_pages, slots, context)
+        layout = journal_layout(n_pages, slots, context)
         fields = np.zeros((), layout) if memory is None else memory[: layout.itemsize].view(layout)[0]
         self.page_tables: npt.NDArray[np.int32] = fields["page_tables"]
         self._identity, self._computed, self._requests = fields["identity"], fields["computed"], fields["requests"]
         self._tokens, self._keys = fields["tokens"], fields["keys"]
         self._published, self._foreign = fields["published"], fields["foreign"]
+        self._lengths, self._conversations = fields["lengths"], fields["conversations"]
         self._owners: list[str | None] = [None] * slots
 
     @classmethod
@@ -57,7 +60,7 @@ class PageJournal:
 
         Where shared memory has no room for it the log says so, and it does not outlive the process.
         """
-        nbytes = _layout(n_pages, slots, context).itemsize
+        nbytes = journal_layout(n_pages, slots, context).itemsize
         try:
             memory = SharedSegment.attach(path, nbytes).array
         except UnavailableError:  # none, or one whose maker died before it was whole
@@ -114,20 +117,34 @@ class PageJournal:
 
     # --- published pages ---------------------------------------------------------------------------
 
-    def publish(self, page: int, key: bytes, *, foreign: bool) -> None:
-        """A full page can be found under a key."""
+    def publish(self, page: int, key: bytes, tokens: int, *, foreign: bool) -> None:
+        """A page with so many tokens can be found under a key."""
         self._keys[page] = np.frombuffer(key, np.uint8)
         self._foreign[page] = foreign
-        self._published[page] = True
+        self._published[page] = tokens
 
     def unpublish(self, page: int) -> None:
         """It cannot any more."""
-        self._published[page] = False
+        self._published[page] = 0
 
-    def published(self) -> Iterator[tuple[int, bytes, bool]]:
-        """Page, key, and whether it is foreign, of each that can be found."""
+    def published(self) -> Iterator[tuple[int, bytes, int, bool]]:
+        """Page, key, tokens, and whether it is foreign, of each that can be found."""
         for page in np.flatnonzero(self._published).tolist():
-            yield page, self._keys[page].tobytes(), bool(self._foreign[page])
+            yield page, self._keys[page].tobytes(), int(self._published[page]), bool(self._foreign[page])
+
+    # --- conversations ------------------------------------------------------------------------------
+
+    def hold(self, slot: int, conversation: bytes) -> None:
+        """A slot holds a conversation now, or none, b""; one that takes more room than any should is left out."""
+        self._lengths[slot] = 0
+        if len(conversation) <= self._conversations.shape[1]:
+            self._conversations[slot, : len(conversation)] = np.frombuffer(conversation, np.uint8)
+            self._lengths[slot] = len(conversation)
+
+    def conversations(self) -> Iterator[tuple[int, bytes]]:
+        """Slot and conversation of each slot that has one."""
+        for slot in np.flatnonzero(self._lengths).tolist():
+            yield slot, self._conversations[slot, : self._lengths[slot]].tobytes()
 
 
 def digest_of(request_id: str) -> bytes:
@@ -135,7 +152,8 @@ def digest_of(request_id: str) -> bytes:
     return blake3(request_id.encode(errors="surrogatepass")).digest(length=_DIGEST_BYTES)
 
 
-def _layout(n_pages: int, slots: int, context: int) -> np.dtype[np.void]:
+def journal_layout(n_pages: int, slots: int, context: int) -> np.dtype[np.void]:
+    """What lies in a journal's memory."""
     return np.dtype(
         [
             ("identity", np.uint8, _IDENTITY_BYTES),
@@ -144,7 +162,9 @@ def _layout(n_pages: int, slots: int, context: int) -> np.dtype[np.void]:
             ("page_tables", np.int32, (slots, pages_for(context))),
             ("tokens", np.int32, (n_pages, PAGE_TOKENS)),
             ("keys", np.uint8, (n_pages, _KEY_BYTES)),
-            ("published", np.bool_, n_pages),
+            ("published", np.int32, n_pages),
             ("foreign", np.bool_, n_pages),
+            ("lengths", np.int32, slots),
+            ("conversations", np.uint8, (slots, 4 * context + _CONVERSATION_BYTES)),
         ]
     )

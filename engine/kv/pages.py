@@ -49,8 +49,8 @@ class PageAllocator:
         self._read: Counter[int] = Counter()
         self._journal = journal
         if journal is not None:
-            for page, key, foreign in journal.published():
-                self._publish(page, key, foreign=foreign)
+            for page, key, tokens, foreign in journal.published():
+                self._publish(page, key, tokens, foreign=foreign)
                 self._idle[page] = None
             self._free = [page for page in self._free if page not in self._idle]
 
@@ -136,14 +136,14 @@ class PageAllocator:
         """
         self._require_held([page], times=1)
         if key not in self._pages_of and page not in self._keys:
-            self._publish(page, key, foreign=foreign)
-            if tokens < PAGE_TOKENS:
-                self._partial[key] = tokens
-            elif self._journal is not None:
-                self._journal.publish(page, key, foreign=foreign)
+            self._publish(page, key, tokens, foreign=foreign)
+            if self._journal is not None:
+                self._journal.publish(page, key, tokens, foreign=foreign)
 
-    def _publish(self, page: int, key: bytes, *, foreign: bool) -> None:
+    def _publish(self, page: int, key: bytes, tokens: int, *, foreign: bool) -> None:
         self._pages_of[key], self._keys[page] = page, key
+        if tokens < PAGE_TOKENS:
+            self._partial[key] = tokens
         if foreign:
             self._foreign.add(page)
         if self._saves:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final, Generic, Self, TypeVar
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
@@ -70,6 +71,18 @@ class Conversation:
             tokens=np.array(tokens, np.int32), computed=computed, root=keys.root, keys=tuple(chain), tail=tail, **rest
         )
 
+    def encode(self) -> bytes:
+        """All of it, for `decode`."""
+        rest = {name: getattr(self, name) for name in _Encoded.__struct_fields__ if name != "tokens"}
+        return msgspec.msgpack.encode(_Encoded(tokens=self.tokens.astype("<i4").tobytes(), **rest))
+
+    @classmethod
+    def decode(cls, encoded: bytes) -> Self:
+        """What was encoded. Raises msgspec.DecodeError."""
+        found = msgspec.structs.asdict(msgspec.msgpack.decode(encoded, type=_Encoded))
+        tokens, computed = np.frombuffer(found.pop("tokens"), "<i4").tolist(), found.pop("computed")
+        return cls.of(ChunkKeys(found.pop("root")), tokens, computed, **found)
+
     @cached_property
     def name(self) -> str:
         """The same for the same tokens, model, KV type and salt, and for no others."""
@@ -79,6 +92,21 @@ class Conversation:
         """Whether `tokens` go on from the whole of what is computed."""
         n = self.computed
         return 0 < n <= len(tokens) and bool(np.array_equal(self.tokens[:n], np.asarray(tokens[:n], np.int32)))
+
+
+class _Encoded(msgspec.Struct, frozen=True, kw_only=True):
+    """A conversation without what follows from the rest."""
+
+    tokens: bytes
+    computed: int
+    root: bytes
+    salt: bytes
+    sampling: SamplingParams
+    prompt_tokens: int
+    snapshot: str
+    stored: tuple[str, ...]
+    named: bool
+    last_used: float
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,6 +48,10 @@ class Ledger:
         self._published: list[tuple[Seq[bytes], Seq[bytes]]] = []
         self._parked: list[Parked] = []
         self._erased: list[str] = []
+        for slot, encoded in journal.conversations():
+            held = Conversation.decode(encoded)
+            slots.conversations[slot] = held
+            self._tails.add(held)
 
     # --- pages of a sequence ---------------------------------------------------------------------------
 
@@ -196,6 +200,11 @@ class Ledger:
 
     # --- conversations ---------------------------------------------------------------------------------
 
+    def _hold(self, slot: int, conversation: Conversation | None) -> None:
+        """Have a slot hold a conversation, or none, also when a worker takes this one's place."""
+        self._slots.conversations[slot] = conversation
+        self._journal.hold(slot, conversation.encode() if conversation else b"")
+
     def keep_conversation(self, sequence: Sequence, slot: int, now: float) -> None:
         """Leave what a sequence computed in its slot, unless it came less far than what was there."""
         held = self._slots.conversations[slot]
@@ -215,7 +224,7 @@ class Ledger:
         if held is not None:  # this one goes on from there
             self._tails.remove(held)
         kept = dataclasses.replace(kept, stored=(*(held.stored if held else ()), *self._away.take(kept)))
-        self._slots.conversations[slot] = kept
+        self._hold(slot, kept)
         self._tails.add(kept)
         if self._config.caches:
             self._published.append(((), kept.all_keys))
@@ -227,7 +236,7 @@ class Ledger:
             stored = (*conversation.stored, *self._away.take(conversation))
             conversation = dataclasses.replace(conversation, stored=stored)
             self._tails.add(conversation)
-        self._slots.conversations[slot] = conversation
+        self._hold(slot, conversation)
         if self._config.caches and held is not None and not any(held is other for other in self._slots.conversations):
             pages = {key: page for key in held.all_keys if (page := self.begin_read(key)) is not None}
             self._parked.append(Parked(held, pages))
@@ -236,14 +245,14 @@ class Ledger:
     def forget_conversation(self, slot: int) -> None:
         """Empty a slot for good."""
         if (held := self._slots.conversations[slot]) is not None:
-            self._slots.conversations[slot] = None
+            self._hold(slot, None)
             self._tails.remove(held)
             self._erased += held.stored
 
     def note_conversation(self, slot: int, before: Conversation, **changes: Any) -> None:
         """Note something about a slot's conversation, if it is still `before`."""
         if self._slots.conversations[slot] is before:
-            self._slots.conversations[slot] = dataclasses.replace(before, **changes)
+            self._hold(slot, dataclasses.replace(before, **changes))
 
     def offer(self, parked: Seq[Parked]) -> None:
         """Let conversations come back by themselves: in their slots, in empty ones, or when prompts go on from them.
@@ -264,7 +273,7 @@ class Ledger:
                     self._away.add(one.conversation, name)
                 continue
             empty.remove(slot)
-            self._slots.conversations[slot] = one.conversation
+            self._hold(slot, one.conversation)
 
     def _gone_on(self, parked: Conversation) -> bool:
         """Whether a slot's conversation goes on from one that is in the store; it takes its place there then."""

@@ -369,8 +369,9 @@ class Scheduler:
     def _announce(self, sequence: Sequence) -> None:
         if not sequence.announced:
             sequence.announced = True
-            foreign, request = tuple(sorted(sequence.foreign)), sequence.request
-            self._events.append(Started(request.request_id, sequence.prompt_tokens, sequence.computed, foreign))
+            foreign, name = tuple(sorted(sequence.foreign)), sequence.request.request_id
+            cached = min(sequence.computed, sequence.prompt_tokens)
+            self._events.append(Started(name, sequence.prompt_tokens, cached, foreign))
 
     def _make_room(self, sequence: Sequence, tokens: int) -> bool:
         """Pages for `tokens` tokens of a running sequence, taken from younger ones if need be.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from numoe.engine.kv import PAGE_TOKENS
+from numoe.engine.kv.journal import PageJournal, journal_layout
 from numoe.engine.requests import GenerationRequest
 from numoe.engine.sampling import SampledToken
 from numoe.engine.scheduler import Batch, Scheduler, SchedulerConfig
@@ -20,12 +21,20 @@ class Clock:
         return self.now
 
 
-def make(slots=2, context=600, chunk_tokens=64, queue_limit=4, n_pages=None, clock=None, **rest) -> Scheduler:
+def make(
+    slots=2, context=600, chunk_tokens=64, queue_limit=4, n_pages=None, clock=None, memory=None, **rest
+) -> Scheduler:
+    """A scheduler; memory: of its journal, which may be that of one before (`journal_memory`)."""
     pages = slots * -(-context // PAGE_TOKENS) if n_pages is None else n_pages
     config = SchedulerConfig(
         slots=slots, context=context, chunk_tokens=chunk_tokens, queue_limit=queue_limit, n_pages=pages, **rest
     )
-    return Scheduler(config, clock or Clock())
+    return Scheduler(config, clock or Clock(), PageJournal(pages, slots, context, memory))
+
+
+def journal_memory(n_pages: int, slots: int, context: int) -> np.ndarray:
+    """Memory of a journal that outlives its scheduler."""
+    return np.zeros(journal_layout(n_pages, slots, context).itemsize, np.uint8)
 
 
 def request(name="a", prompt=3, max_tokens=100, **rest) -> GenerationRequest:
