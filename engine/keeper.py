@@ -177,5 +177,7 @@ def _send(connection: socket.socket, message: bytes, descriptors: list[int] | tu
 
 
 def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
-    message, descriptors, _, _ = socket.recv_fds(connection, _MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+    message, descriptors, _, _ = socket.recv_fds(connection, _MESSAGE_BYTES, 1)
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)  # noqa: FBT003 - it takes no keyword
     return message, descriptors

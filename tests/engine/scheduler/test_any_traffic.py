@@ -48,6 +48,7 @@ class Expected:
     prefilled: int = 0
     started: bool = False
     goes_on: bool = False
+    untold: list[int] = field(default_factory=list)  # tokens that a worker that died has chosen: so does the next
     ending: str | None = None
     finished: bool = False
 
@@ -142,7 +143,7 @@ class AnyTraffic(RuleBasedStateMachine):
             for _ in range(1 + failures):
                 self.cache.run(batch)
             self.check_attention(batch)
-            self.finish_step(batch, [SampledToken(token) for token in tokens])
+            self.finish_step(batch, self.choose(batch, tokens))
 
     @rule(tokens=TOKENS, times=st.integers(4, 12))
     def some_steps(self, tokens: list[int], times: int) -> None:
@@ -157,14 +158,15 @@ class AnyTraffic(RuleBasedStateMachine):
             self.abort(number)
             if retried:
                 self.cache.run(batch)
-            self.finish_step(batch, [SampledToken(token) for token in tokens])
+            self.finish_step(batch, self.choose(batch, tokens))
 
     @rule(tokens=TOKENS, broken=st.integers(0, 3))
     def a_step_with_a_sampling_error(self, tokens: list[int], broken: int) -> None:
         if (batch := self.schedule()) is not None:
             self.cache.run(batch)
-            sampled: list[SampledToken | NumoeError] = [SampledToken(token) for token in tokens]
-            sampled[broken] = UnavailableError("not finite")
+            sampled: list[SampledToken | NumoeError] = [*self.choose(batch, tokens)]
+            if broken < len(sampled):
+                sampled[broken] = UnavailableError("not finite")
             self.finish_step(batch, sampled)
 
     @rule()
@@ -172,14 +174,21 @@ class AnyTraffic(RuleBasedStateMachine):
         if (batch := self.schedule()) is not None:
             self.cache.run(batch)
 
-    @rule(in_a_step=st.booleans(), one_left=st.booleans())
-    def the_worker_dies(self, in_a_step: bool, one_left: bool) -> None:
-        """Its successor has pages and journal, and gets the requests that have not ended.
-
-        in_a_step: which has written to the pages, and told nobody. one_left: that one is not submitted again.
-        """
-        if in_a_step and (batch := self.schedule()) is not None:
+    @rule(
+        tokens=TOKENS, when=st.sampled_from(["between steps", "in a step", "before it was told"]),
+        one_left=st.booleans(),
+    )  # fmt: skip
+    def the_worker_dies(self, tokens: list[int], when: str, one_left: bool) -> None:
+        """Its successor has pages and journal, and gets the requests that have not ended, perhaps all but one."""
+        if when != "between steps" and (batch := self.schedule()) is not None:
             self.cache.run(batch)
+            if when == "before it was told":
+                sampled = self.choose(batch, tokens)
+                self.scheduler.postprocess(batch, sampled)
+                for part in batch.parts:
+                    if part.logit_row is not None:
+                        token = sampled[part.logit_row].token_id
+                        self.requests[part.sequence.request.request_id].untold.insert(0, token)
         self.scheduler = make(**self.options)
         self.lookups, self.loads, self.unsaved, self.parked = [], [], [], []
         for expected in self.requests.values():
@@ -309,6 +318,12 @@ class AnyTraffic(RuleBasedStateMachine):
                 assert oldest in loading | {part.sequence.request.request_id for part in batch.parts}
         return batch
 
+    def choose(self, batch: Batch, tokens: list[int]) -> list[SampledToken]:
+        """A token for each that is wanted."""
+        wanted = [self.requests[p.sequence.request.request_id] for p in batch.parts if p.logit_row is not None]
+        pairs = zip(wanted, tokens, strict=False)
+        return [SampledToken(expected.untold.pop(0) if expected.untold else token) for expected, token in pairs]
+
     def check_rows(self, batch: Batch) -> None:
         decoding, prefill_rows, row, logit_row = True, 0, 0, 0
         for part in batch.parts:
@@ -366,7 +381,7 @@ class AnyTraffic(RuleBasedStateMachine):
                     expected.ending = "stop"
                 elif len(expected.sent) + 1 == asked.max_tokens or len(expected.history) + 1 == CONTEXT:
                     expected.ending = "length"
-        self.scheduler.postprocess(batch, sampled[: len(batch.logit_rows)])
+        self.scheduler.postprocess(batch, sampled)
         before = {name: list(expected.sent) for name, expected in self.requests.items()}
         self.take_events()
         for part in batch.parts:
