@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from numoe.deploy.client import Client
 from numoe.v1 import generation_pb2 as pb
 from tests.system.harness import ServeProcess
 from tests.system.streams import Streams, Told
 from tests.system.test_deaths import actors, strike, wait_replaced
+from tests.system.test_slots import answer
 
 PROMPT_TOKENS, ANSWER_TOKENS = 900, 500
 CHUNK = 32
@@ -69,6 +71,16 @@ def test_the_next_prompt_finds_what_was_cached_when_the_worker_died(server: Serv
     server.generate(*ask)
     wait_replaced(server, strike(server, "attention", signal.SIGKILL))
     assert server.generate(*ask)["cached_tokens"] >= 768
+
+
+def test_slots_keep_their_conversations(server: ServeProcess) -> None:
+    told = [number % 200 + 5 for number in range(300)]
+    with Client(server.address) as client:
+        said = [*told, *answer(client, told, slot_id=3).token_ids]
+        before = server.status()["slots"][3]
+        wait_replaced(server, strike(server, "attention", signal.SIGKILL))
+        assert server.status()["slots"][3] == before
+        assert answer(client, [*said, 7], 1, slot_id=3).cached_tokens == before["computed"] == len(said) - 1
 
 
 def test_after_two_deaths_at_its_start_a_worker_begins_afresh(server: ServeProcess, undisturbed: list[Told]) -> None:
