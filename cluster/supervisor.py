@@ -48,7 +48,7 @@ _ATTEMPTS = 5
 _ATTEMPTS_AS_BEFORE = 2
 _MOST_CRASHES = 12
 _LINGER_S = 3.0  # in which those who wait hear of the end
-_SPARES_AFTER_S = 10.0  # of quiet: a server that has just come up has better things to do
+_SPARES_AFTER_S = 5.0  # of quiet: a server that has just come up has better things to do
 
 
 @dataclass

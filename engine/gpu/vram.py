@@ -141,6 +141,7 @@ class KeptVram:
         device = int(cupy().cuda.Device().id)
         try:
             if not can_be_exported(device):
+                logger.warning("this GPU's driver does not export memory: what is in it will not outlive the worker")
                 return
             if found := self._keepsakes.get(self._name, self._layout):
                 try:

@@ -38,6 +38,7 @@ def chaos(
     seed: int = 0,
     streams: int = 8,
     max_tokens: int = 400,
+    calm: float = 1.0,
     json_output: Annotated[bool, Parameter(name="--json", negative=())] = False,
     placement: Placement = ANYWHERE,
 ) -> int:
@@ -65,6 +66,9 @@ def chaos(
         Streams at once; every other one is sampled.
     max_tokens
         Tokens of each answer.
+    calm
+        Seconds for which all processes run undisturbed before a strike that is alone. Some seconds later
+        spare processes wait to take the place of others.
     json_output
         Print one JSON object instead of the table.
     placement
@@ -78,7 +82,8 @@ def chaos(
     from numoe.deploy.signals import StopSignals
 
     with one_line_errors():
-        for flag, value in (("--minutes", minutes), ("--streams", streams), ("--max-tokens", max_tokens)):
+        given = {"--minutes": minutes, "--streams": streams, "--max-tokens": max_tokens, "--calm": calm}
+        for flag, value in given.items():
             if value <= 0:
                 raise InputError(f"{flag} {value} is not possible: give more than 0")
         options = placement.plan_options(context=_PROMPT_TOKENS + max_tokens, slots=streams)
@@ -94,7 +99,7 @@ def chaos(
                     Repeats(server.address, *pair, calm_s, absences, down) for pair in zip(requests, calm, strict=True)
                 ]
                 readers = [pool.submit(each.run) for each in repeats]
-                strike_at_random(victims, strikes, seed, time.monotonic() + 60 * minutes, down)
+                strike_at_random(victims, strikes, seed, time.monotonic() + 60 * minutes, down, calm_s=calm)
                 for each in repeats:
                     each.done = True
                 for reader in readers:

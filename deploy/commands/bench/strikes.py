@@ -24,7 +24,7 @@ from numoe.engine.weights import stored_slices
 SIGNALS: Final = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 _SHORTEST_S, _LONGEST_S = 0.3, 3.0  # between strikes
 _ALONE_EVERY = 5
-_CALM_S, _ALONE_S = 1.0, 6.0  # without another strike before one that is alone, once all processes run, and after it
+_ALONE_S = 6.0  # without another strike after one that is alone
 _PATIENCE_S = 20.0
 _LOOK_S = 0.2
 _GONE: Final = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
@@ -148,8 +148,13 @@ def _processes(record: ServerRecord) -> Iterator[tuple[str, int, str]]:
     yield from ((member.role, member.pid, member.host) for member in record.members)
 
 
-def strike_at_random(victims: Victims, strikes: list[Strike], seed: int, until: float, done: threading.Event) -> None:
-    """Strike until then, `time.monotonic`, or until `done`: any process as likely as any other."""
+def strike_at_random(
+    victims: Victims, strikes: list[Strike], seed: int, until: float, done: threading.Event, *, calm_s: float
+) -> None:
+    """Strike until then, `time.monotonic`, or until `done`: any process as likely as any other.
+
+    calm_s: without another strike before one that is alone, once all processes run.
+    """
     chance = random.Random(seed)  # noqa: S311 - no secret
     while time.monotonic() < until and not done.is_set():
         alone = len(strikes) % _ALONE_EVERY == _ALONE_EVERY - 1
@@ -157,7 +162,7 @@ def strike_at_random(victims: Victims, strikes: list[Strike], seed: int, until: 
             while not victims.is_whole and time.monotonic() < until:
                 done.wait(_LOOK_S)
             alone = victims.is_whole
-        done.wait(_CALM_S if alone else chance.uniform(_SHORTEST_S, _LONGEST_S))
+        done.wait(calm_s if alone else chance.uniform(_SHORTEST_S, _LONGEST_S))
         targets = [(role, pid) for role, pids in victims.look().items() for pid in pids]
         how = chance.choice(list(SIGNALS))
         if targets and not done.is_set():
