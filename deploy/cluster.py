@@ -40,6 +40,7 @@ from numoe.engine.weights import free_weights, sweep_incomplete
 _OWN_TEMP_DIR = f"{PRIVATE_TEMP}/{os.getpid()}"
 _OWNER_VARIABLE = "NUMOE_RAY_OWNER"
 _OBJECT_STORE_BYTES = 128 << 20  # Ray's default is 30 % of memory, and lies where the weights lie
+_CLOSING_HEAD_S = 3.0  # of silence: a head that was started here is not started again
 _LOOK_S = 0.5
 _RAY_ON_DEATHS = "A worker died or was killed"
 _RESTART_S = 30.0  # in which Ray has restarted a supervisor
@@ -229,7 +230,12 @@ class Server:
         return [placement.problem for placement in placements if placement is not None and placement.problem]
 
     def close(self, drain_s: float = 0.0) -> None:
-        """Take everything down, after running requests had `drain_s` seconds."""
+        """Take everything down, after running requests had `drain_s` seconds.
+
+        Ray may end meanwhile, as when a whole process group is told to: then nobody answers any more.
+        """
+        closed = threading.Event()
+        threading.Thread(target=self._leave_with_ray, args=(closed,), name="numoe-leave", daemon=True).start()
         try:
             self._ask("shutdown", drain_s)
             ray.wait([self.supervisor.wait.remote()], timeout=drain_s + TAKE_DOWN_S)
@@ -240,6 +246,15 @@ class Server:
                 ray.kill(self.supervisor)
             kill_actors(self.instance)
             self.end_processes()
+            closed.set()
+
+    def _leave_with_ray(self, closed: threading.Event) -> None:
+        """Clean up and end this process if Ray ends before the server is `closed`."""
+        started_here = os.environ.get(_OWNER_VARIABLE) == _OWN_TEMP_DIR
+        while not closed.wait(_LOOK_S):
+            if why := self._head.why_lost(_CLOSING_HEAD_S if started_here else None):
+                self.end_processes()
+                leave_ray(f"{why}: the server was ended without its help")
 
     def end_processes(self) -> None:
         """End the server's processes on this host without Ray's help, and free their memory."""

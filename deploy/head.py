@@ -30,8 +30,8 @@ class Head:
         self._nodes = [raylet.pid for raylet in find_raylets() if raylet.gcs_address == self._address]
         self._answered = self._looked = time.monotonic()
 
-    def why_lost(self) -> str:
-        """What is gone, empty if nothing is."""
+    def why_lost(self, patience_s: float | None = None) -> str:
+        """What is gone, empty if nothing is. patience_s: of a head that is silent, if not almost as long as Ray has."""
         now = time.monotonic()
         if now - self._looked >= _LOOK_S:
             self._looked = now
@@ -39,8 +39,9 @@ class Head:
                 self._answered = now
             if self._nodes and not any(_lives(pid) for pid in self._nodes):
                 return "Ray's node on this host has ended"
-        if now - self._answered > self._patience_s:
-            return f"Ray's head at {self._address} has not answered for {self._patience_s:.0f} s"
+        patience_s = self._patience_s if patience_s is None else patience_s
+        if now - self._answered > patience_s:
+            return f"Ray's head at {self._address} has not answered for {patience_s:.0f} s"
         return ""
 
 

@@ -48,6 +48,19 @@ def test_a_terminal_that_is_closed_ends_the_server_as_ctrl_c_does(tiny_model: Pa
     assert server.left_over() == []
 
 
+def test_a_group_of_processes_that_is_ended_leaves_nothing(tiny_model: Path) -> None:
+    """Some supervisors of services tell every process at once: Ray ends beside the server, and can help no more."""
+    server = ServeProcess(tiny_model)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        everyone = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
+    for process in everyone:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, errors = server.process.communicate(timeout=50)  # Ray itself gives up after a minute, and cleans up nothing
+    assert "Ray's" in errors or server.process.returncode == 0
+    assert server.left_over() == []
+
+
 def test_numoe_stop_ends_the_server(tiny_model: Path) -> None:
     server = ServeProcess(tiny_model)
     result = numoe("stop", "--address", server.address)

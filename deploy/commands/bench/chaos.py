@@ -92,12 +92,11 @@ def chaos(
             requests, absences = [_request(number, max_tokens) for number in range(streams)], Absences(strikes)
             with ThreadPoolExecutor(streams, "numoe-chaos") as pool:
                 start = time.monotonic()
-                calm = list(pool.map(lambda request: ask(server.address, request, CALM_DEADLINE_S)[0], requests))
+                undisturbed = list(pool.map(lambda asked: ask(server.address, asked, CALM_DEADLINE_S)[0], requests))
                 calm_s = time.monotonic() - start
                 left = [f"before any strike: {what}" for what in victims.strays()]
-                repeats = [
-                    Repeats(server.address, *pair, calm_s, absences, down) for pair in zip(requests, calm, strict=True)
-                ]
+                pairs = zip(requests, undisturbed, strict=True)
+                repeats = [Repeats(server.address, *pair, calm_s, absences, down) for pair in pairs]
                 readers = [pool.submit(each.run) for each in repeats]
                 strike_at_random(victims, strikes, seed, time.monotonic() + 60 * minutes, down, calm_s=calm)
                 for each in repeats:
