@@ -17,7 +17,7 @@ from numoe.cluster.plan import Plan
 from numoe.cluster.status import ActorPlacement
 from numoe.engine.errors import NumoeError
 from numoe.engine.keeper import SOCKET, Keepsakes
-from numoe.engine.private import replace_private
+from numoe.engine.private import write_private
 from numoe.engine.progress import Progress
 from numoe.engine.requests import Event, GenerationRequest, SlotReport, SnapshotInfo, WorkerStatus
 
@@ -119,6 +119,7 @@ class AttentionActor:
         self._gguf.close()
         sizes = plan.n_pages, plan.slots, plan.context
         journal = PageJournal.open(self._folder / _JOURNAL, self._forward.kv_identity, *sizes)
+        self._goes_on = not journal.is_empty
         scheduler = Scheduler(
             SchedulerConfig(
                 slots=plan.slots,
@@ -138,9 +139,9 @@ class AttentionActor:
         self._resume()
 
     def _resume(self) -> None:
-        """Offer what an earlier server kept."""
+        """Offer what an earlier server kept, as far as a worker of this one has not gone on with it."""
         cache = self._plan.cache
-        if cache.prompt_cache_file:
+        if cache.prompt_cache_file and not self._goes_on:
             self._engine.slots.load_file(Path(cache.prompt_cache_file))
         if cache.resume:
             self._engine.resume()
@@ -306,7 +307,7 @@ def _use_gpu_of(path: Path, *, first: bool) -> None:
     Works as long as the process has not called CUDA.
     """
     if first:
-        replace_private(path, os.environ.get(_VISIBLE, "").encode())
+        write_private(path, os.environ.get(_VISIBLE, "").encode())
     elif visible := path.read_text():
         os.environ[_VISIBLE] = visible
     else:

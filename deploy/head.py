@@ -13,7 +13,7 @@ from numoe.deploy.raylets import find_raylets, head_answers
 _TIMEOUT_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 _TIMEOUT_S = 60.0
 _SHARE = 0.75
-_LOOK_S = 2.0
+_LOOK_S, _LONGEST_LOOK_S = 2.0, 10.0
 
 
 class Head:
@@ -33,6 +33,8 @@ class Head:
     def why_lost(self, patience_s: float | None = None) -> str:
         """What is gone, empty if nothing is. patience_s: of a head that is silent, if not almost as long as Ray has."""
         now = time.monotonic()
+        if now - self._looked > _LONGEST_LOOK_S:  # nobody has asked for long: that says nothing about the head
+            self._answered = now
         if now - self._looked >= _LOOK_S:
             self._looked = now
             if head_answers(self._address):

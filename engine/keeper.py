@@ -14,6 +14,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 SOCKET: Final = "keeper"
 """The name of a server's keeper in its folder."""
 _ANSWER_S: Final = 5.0
+_PAUSE_S: Final = 0.2
 _MESSAGE_BYTES: Final = 4096
 _IDENTITY_BYTES: Final = 16
 
@@ -85,7 +87,10 @@ class Keeper:
         while not self._closed:
             try:
                 caller, _ = self._socket.accept()
-            except OSError:
+            except OSError as error:
+                if not self._closed:
+                    logger.warning("nobody can be answered for a moment: %s", error)
+                    time.sleep(_PAUSE_S)
                 continue
             with caller, contextlib.suppress(OSError, msgspec.DecodeError):  # who calls wrongly gets no answer
                 caller.settimeout(_ANSWER_S)

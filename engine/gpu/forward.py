@@ -9,6 +9,7 @@ rows, launched one by one.
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import time
 from collections.abc import Callable, Container, Iterator
@@ -41,7 +42,7 @@ from numoe.engine.gpu.vram import WeightMemory
 from numoe.engine.gpu.weights import GpuWeights
 from numoe.engine.kv.pages import pages_for
 from numoe.engine.models.config import ModelConfig
-from numoe.engine.private import replace_private
+from numoe.engine.private import write_private
 from numoe.engine.progress import Progress
 from numoe.engine.sampling import HostLogits, StepLogits
 from numoe.engine.scheduler import Batch
@@ -51,6 +52,7 @@ from numoe.engine.worker.weights import dense_tensor_names
 if TYPE_CHECKING:
     import cupy as cp
 
+logger = logging.getLogger(__name__)
 GRAPH_ROWS = 16
 """Rows of a step that runs as a captured graph at most."""
 
@@ -152,7 +154,7 @@ class GpuForward:
         if rows > GRAPH_ROWS and self.stream_from is None:
             self.stream_from = self._measure_threshold()
             if self._folder is not None:
-                replace_private(self._folder / _STREAM_FROM, str(self.stream_from).encode())
+                self._remember_threshold(self._folder / _STREAM_FROM)
         with self._stream:
             graph = self._graph(rows) if rows <= GRAPH_ROWS else None
         start = time.perf_counter()
@@ -280,7 +282,7 @@ class GpuForward:
         From how many rows on is what a worker before has measured, if there was one: prompts are computed as they were.
         """
         self._folder = folder
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, ValueError):  # not written, or not to the end
             self.stream_from = int((folder / _STREAM_FROM).read_bytes())
         if self._pairs is not None and self._cuts:
             with self._stream:
@@ -396,6 +398,13 @@ class GpuForward:
         per_row = max((took[more] - took[fewer]) / (more - fewer), 1e-9)
         streaming = self._streamed.layer_seconds()
         return max(GRAPH_ROWS + 1, fewer + int((streaming - took[fewer]) / per_row))
+
+    def _remember_threshold(self, path: Path) -> None:
+        """Let successors compute prompts as this worker does."""
+        try:
+            write_private(path, str(self.stream_from).encode())
+        except OSError as error:
+            logger.warning("another worker may compute prompts otherwise: %s: %s", path, error.strerror)
 
     def _time_shards(self, rows: int) -> float:
         """Seconds that the shards take for a layer of `rows` rows."""

@@ -103,12 +103,17 @@ class PageJournal:
 
     def runs(self) -> dict[bytes, KeptRun]:
         """What ran when the worker before died, by the digest of the request's id."""
-        found = {}
+        found: dict[bytes, KeptRun] = {}
         for slot in np.flatnonzero(self._computed).tolist():
             computed = int(self._computed[slot])
             pages = tuple(self.page_tables[slot, : pages_for(computed)].tolist())
             found[self._requests[slot].tobytes()] = KeptRun(slot, computed, pages)
         return found
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it tells of no request and no conversation."""
+        return not self._computed.any() and not self._lengths.any()
 
     def agrees(self, run: KeptRun, tokens: Sequence[int]) -> bool:
         """Whether the pages hold these tokens, as far as there are as many."""

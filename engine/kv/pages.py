@@ -52,6 +52,7 @@ class PageAllocator:
             for page, key, tokens, foreign in journal.published():
                 self._publish(page, key, tokens, foreign=foreign)
                 self._idle[page] = None
+            self._unsaved.clear()  # whoever wants them saved has to say so again
             self._free = [page for page in self._free if page not in self._idle]
 
     @property
@@ -164,6 +165,10 @@ class PageAllocator:
         """Whether what is published under `key` was computed where sums are rounded otherwise than here."""
         return self._pages_of.get(key) in self._foreign
 
+    def is_foreign_page(self, page: int) -> bool:
+        """The same of a page, as far as it is published."""
+        return page in self._foreign
+
     def tokens_of(self, key: bytes) -> int:
         """Tokens in the page that is published under `key`."""
         return self._partial.get(key, PAGE_TOKENS)
@@ -193,11 +198,11 @@ class PageAllocator:
 
     def take(self, pages: Iterable[int]) -> None:
         """Hold these very pages, whoever else holds them: the journal says that a worker before did."""
-        for page in pages:
-            if not self._references[page] and page not in self._idle:
-                self._free.remove(page)
+        taken = Counter(pages)
+        self._free = [page for page in self._free if page not in taken]
+        for page, times in taken.items():
             self._idle.pop(page, None)
-            self._references[page] += 1
+            self._references[page] += times
 
     def adopt(self, keys: Sequence[bytes]) -> list[int]:
         """The pages of as many of `keys` as are known, from the first on, each with one reference more."""

@@ -39,9 +39,9 @@ class Ledger:
         self.allocator = PageAllocator(config.n_pages, saves=config.caches, journal=journal)
         self._tails, self._away = TailIndex(), ParkedIndex()
         self._kept = journal.runs()
-        for run in self._kept.values():
-            self.allocator.take(run.pages)
+        slots.reserved.update(run.slot for run in self._kept.values())
         self._borrowed: Counter[int] = Counter(page for run in self._kept.values() for page in run.pages)
+        self.allocator.take(self._borrowed.elements())
         self._loading: dict[Load, Sequence] = {}
         self._lookups: list[Sequence] = []
         self._loads: list[Load] = []
@@ -52,6 +52,8 @@ class Ledger:
             held = Conversation.decode(encoded)
             slots.conversations[slot] = held
             self._tails.add(held)
+            if config.caches:
+                self._published += [(held.keys, held.keys), ((), held.all_keys)]
 
     # --- pages of a sequence ---------------------------------------------------------------------------
 
@@ -62,8 +64,12 @@ class Ledger:
     def take_kept(self, sequence: Sequence) -> KeptRun | None:
         """What a request had when the worker before died, if that holds its tokens; its pages stay borrowed."""
         run = self._kept.pop(digest_of(sequence.request.request_id), None)
-        if run is not None and not self._journal.agrees(run, sequence.tokens):
-            self.give_back(run.pages)
+        if run is None:
+            return None
+        self._slots.reserved.discard(run.slot)
+        agrees = self._journal.agrees(run, sequence.tokens) and self._slots.is_free(run.slot)
+        if not agrees or sequence.request.slot not in (None, run.slot):
+            self._let_go(run)
             return None
         return run
 
@@ -72,13 +78,23 @@ class Ledger:
         for page in run.pages:
             sequence.table.append(page)
         self.give_back(run.pages)
+        if sequence.request.foreign is None:  # the worker before has told nobody
+            pages = enumerate(run.pages)
+            sequence.foreign = {number for number, page in pages if self.allocator.is_foreign_page(page)}
         self.advance(sequence, min(run.computed, len(sequence.tokens) - 1))
 
     def forget_kept(self) -> None:
         """Nobody goes on any more with what others had when the worker before died."""
         for run in self._kept.values():
-            self.give_back(run.pages)
+            self._let_go(run)
         self._kept.clear()
+        self._slots.reserved.clear()
+
+    def _let_go(self, run: KeptRun) -> None:
+        """Nobody goes on with what a request had: its pages may be given out, so the journal must not name them."""
+        if self._slots.sequences[run.slot] is None:  # else what it says of the slot is of that one
+            self._journal.clear(run.slot)
+        self.give_back(run.pages)
 
     def look_up(self, sequence: Sequence, now: float) -> None:
         """Have the prompt cache asked how much it has of the tokens."""

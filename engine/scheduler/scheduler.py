@@ -123,7 +123,7 @@ class Scheduler:
 
     def _check(self, request: GenerationRequest) -> None:
         """Raise what `submit` says."""
-        if len(self._waiting) >= self.config.queue_limit + self.slots.n_free:
+        if len(self._waiting) >= self.config.queue_limit + self.slots.n_free + len(self.slots.reserved):
             raise ResourceError(
                 f"the queue is full: {self.config.queue_limit} requests wait already (--queue); try again later"
             )
@@ -308,9 +308,6 @@ class Scheduler:
     def _go_on(self, sequence: Sequence) -> bool:
         """Have a request go on in its slot from what it had when the worker before died; whether it had anything."""
         if (run := self.ledger.take_kept(sequence)) is None:
-            return False
-        if sequence.request.slot not in (None, run.slot) or not self.slots.is_free(run.slot):
-            self.ledger.give_back(run.pages)
             return False
         self._clear(run.slot, sequence)
         self._enter(run.slot, sequence)

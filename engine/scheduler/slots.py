@@ -17,12 +17,14 @@ class Slots:
     """`count` slots.
 
     sequences: what runs in each. conversations: what each held before. operations: what is done to it.
+    reserved: those of requests that ran when the worker before died, until they come again.
     """
 
     def __init__(self, count: int) -> None:
         self.sequences: list[Sequence | None] = [None] * count
         self.conversations: list[Conversation | None] = [None] * count
         self.operations: list[Operation] = [""] * count
+        self.reserved: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -33,8 +35,8 @@ class Slots:
             raise NotFoundError(f"there is no slot {slot}: the server has slots 0 to {len(self) - 1} (--parallel)")
 
     def is_free(self, slot: int) -> bool:
-        """Whether nothing runs in a slot and nothing is done to it."""
-        return self.sequences[slot] is None and not self.operations[slot]
+        """Whether nothing runs in a slot, nothing is done to it, and nobody is to come back to it."""
+        return self.sequences[slot] is None and not self.operations[slot] and slot not in self.reserved
 
     @property
     def n_free(self) -> int:

@@ -57,8 +57,8 @@ def test_memory_without_limits(tmp_path: Path, tiny: Plan) -> None:
 def test_a_model_that_does_not_fit_is_an_error(tmp_path: Path, tiny: Plan) -> None:
     found = check_memory(host(tmp_path), sized(tiny, 310))
     assert found.state == "error"
-    assert "the model needs 333.8" in found.text
-    assert found.text.endswith("11.68 GB is missing")
+    assert "the model needs 334.1" in found.text
+    assert found.text.endswith("11.99 GB is missing")
     assert "lower --ctx-size" in found.cure
 
 

@@ -176,10 +176,13 @@ class AnyTraffic(RuleBasedStateMachine):
 
     @rule(
         tokens=TOKENS, when=st.sampled_from(["between steps", "in a step", "before it was told"]),
-        one_left=st.booleans(),
+        one_left=st.booleans(), early=st.integers(0, 3),
     )  # fmt: skip
-    def the_worker_dies(self, tokens: list[int], when: str, one_left: bool) -> None:
-        """Its successor has pages and journal, and gets the requests that have not ended, perhaps all but one."""
+    def the_worker_dies(self, tokens: list[int], when: str, one_left: bool, early: int = 0) -> None:
+        """Its successor has pages and journal, and gets the requests that have not ended, perhaps all but one.
+
+        early: so many that a worker in between got, which died before it had all of them.
+        """
         if when != "between steps" and (batch := self.schedule()) is not None:
             self.cache.run(batch)
             if when == "before it was told":
@@ -189,6 +192,11 @@ class AnyTraffic(RuleBasedStateMachine):
                     if part.logit_row is not None:
                         token = sampled[part.logit_row].token_id
                         self.requests[part.sequence.request.request_id].untold.insert(0, token)
+        if early:
+            self.scheduler = make(**self.options)
+            for expected in [e for e in self.requests.values() if e.ending is None][:early]:
+                self.scheduler.submit(msgspec.structs.replace(expected.request, generated=tuple(expected.sent)))
+            self.scheduler.schedule(self.wall)
         self.scheduler = make(**self.options)
         self.lookups, self.loads, self.unsaved, self.parked = [], [], [], []
         for expected in self.requests.values():

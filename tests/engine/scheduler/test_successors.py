@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from numoe.engine.errors import BusyError
 from numoe.engine.kv import PAGE_TOKENS
 from numoe.engine.requests import GenerationRequest, Started, TokenGenerated
 from numoe.engine.scheduler import Scheduler
@@ -96,6 +97,55 @@ def test_what_a_request_had_that_gave_way_is_not_taken_for_its(memory: np.ndarra
     batch = step(scheduler)
     assert batch is not None
     assert batch.positions[0] == 0
+
+
+def test_pages_that_nobody_came_for_are_not_offered_again(memory: np.ndarray) -> None:
+    """Another gets them, in whose step the next worker dies; then the first one comes, under the same name."""
+    first = request("a", prompt=100, bypass_cache=True)
+    scheduler = successor(memory)
+    scheduler.submit(first)
+    step(scheduler)
+    (page,) = scheduler.slots.running()[0].table.pages
+    scheduler = successor(memory)
+    scheduler.ledger.forget_kept()
+    scheduler.submit(request("b", prompt=range(3000, 3100), slot=1))
+    batch = scheduler.schedule(0.0)
+    assert batch is not None
+    assert page == batch.page_tables[1, 0], "this is about a page that is used again"
+    scheduler = successor(memory)
+    scheduler.submit(again(first))
+    batch = step(scheduler)
+    assert batch is not None
+    assert batch.positions[0] == 0
+
+
+def test_a_slot_is_kept_for_who_ran_in_it(memory: np.ndarray) -> None:
+    scheduler, asked = successor(memory), request("a", prompt=100)
+    scheduler.submit(asked)
+    step(scheduler)
+    scheduler = successor(memory)
+    scheduler.submit(request("new", prompt=10))
+    step(scheduler)
+    assert scheduler.slots.sequences[0] is None
+    with pytest.raises(BusyError):
+        scheduler.slots.begin(0, "restoring")
+    scheduler.submit(again(asked, 7))
+    batch = step(scheduler)
+    assert batch is not None
+    assert rows(batch)["a"] == 1
+    assert scheduler.slots.sequences[0] is not None
+
+
+def test_all_come_again_through_a_full_queue(memory: np.ndarray) -> None:
+    asked = [request(name, prompt=20) for name in "abcde"]
+    scheduler = successor(memory, queue_limit=2)
+    for one in asked:
+        scheduler.submit(one)
+    step(scheduler)
+    scheduler = successor(memory, queue_limit=2)
+    for one in asked:
+        scheduler.submit(again(one))
+    assert scheduler.status(0, {}).queued == 2
 
 
 def test_who_does_not_come_again_leaves_the_pages(memory: np.ndarray) -> None:
