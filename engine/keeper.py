@@ -65,6 +65,7 @@ class Keeper:
         path.unlink(missing_ok=True)  # of a keeper that has died
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.bind(str(path))
+        path.chmod(0o600)
         self._socket.listen()
         threading.Thread(target=self._serve, name="numoe-keeper", daemon=True).start()
 

@@ -36,10 +36,6 @@ def read(descriptor: int) -> bytes:
     return os.pread(descriptor, 100, 0)
 
 
-def n_open() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
 def _work_and_die(path: Path) -> None:
     Keepsakes(path).put("kv", b"layout", memory(b"computed"))
     os.kill(os.getpid(), signal.SIGKILL)
@@ -95,14 +91,17 @@ def test_another_keeper_gets_it_from_the_worker(path: Path) -> None:
 
 
 def test_a_keeper_lets_go(keeper: Keeper, path: Path) -> None:
-    before, worker = n_open(), Keepsakes(path)
+    worker = Keepsakes(path)
     for number in range(20):
         descriptor = memory(b"1")
         worker.put(str(number), b"", descriptor)
         os.close(descriptor)
-    assert n_open() == before + 20
+    held = [descriptor for _, descriptor in keeper._kept.values()]
+    assert len(held) == 20
     keeper.forget()
-    assert n_open() == before
+    for descriptor in held:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
 
 
 def test_a_worker_goes_on_without_a_keeper(path: Path, caplog: pytest.LogCaptureFixture) -> None:
