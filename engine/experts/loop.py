@@ -278,11 +278,14 @@ def shard_loop(shard: int, thread: int, seen: int) -> None:
     mailbox, counters, reply = field(shard, MAILBOX), field(shard, COUNTERS), field(shard, REPLY)
     scratch = field(shard, SCRATCH) + thread * field(shard, SCRATCH_BYTES)
     wanted = np.uint32(seen) + np.uint32(1)
+    looks = field(shard, LOOKS)
     while atomic_load(mailbox + STOP) == 0:
-        if not _await_request(mailbox, reply, wanted, field(shard, LOOKS)):
+        if not _await_request(mailbox, reply, wanted, looks):
             if thread == 0:
                 atomic_add(reply + HEARTBEAT, np.uint32(1))
+            looks = 1 if looks > 0 else -1  # nothing is under way: who beats need not look for long each time
             continue
+        looks = field(shard, LOOKS)
         start = now_ns()
         layer = field(shard, LAYERS) + 8 * LAYER_FIELDS * field(mailbox + REQUEST_LAYER, 0)
         rows = field(mailbox + REQUEST_ROWS, 0)
