@@ -1,7 +1,7 @@
 """Host memory that CUDA has pinned and mapped: kernels read and write it, copies run at full speed.
 
-Hundreds of gigabytes take seconds to pin, and meanwhile CUDA does little else for the process. So it is done part by
-part, with time for others in between; a copy must not go across the edge of a part (`split`).
+Hundreds of gigabytes take seconds to pin. So that nobody who calls CUDA meanwhile has to wait for all of it, it is done
+part by part; a copy must not go across the edge of a part (`split`).
 """
 
 from __future__ import annotations

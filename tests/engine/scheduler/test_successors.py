@@ -79,19 +79,22 @@ def test_a_request_of_the_same_name_with_another_prompt_gets_nothing(memory: np.
     assert batch.positions[0] == 0
 
 
+def another_dies_writing(scheduler: Scheduler, page: int) -> None:
+    """A request gets a page that was another's, and the worker dies in its first step."""
+    scheduler.submit(request("b", prompt=range(3000, 3100), slot=1))
+    batch = scheduler.schedule(0.0)
+    assert batch is not None
+    assert page == batch.page_tables[1, 0], "this is about a page that is used again"
+
+
 def test_what_a_request_had_that_gave_way_is_not_taken_for_its(memory: np.ndarray) -> None:
     """Its page is another's now, in whose step the worker dies: keys and values are new, the journal's tokens old."""
     scheduler, first = successor(memory), request("a", prompt=100, bypass_cache=True)
     scheduler.submit(first)
     step(scheduler)
-    running = scheduler.slots.sequences[0]
-    assert running is not None
-    (page,) = running.table.pages
+    (page,) = scheduler.slots.running()[0].table.pages
     scheduler.abort("a")
-    scheduler.submit(request("b", prompt=range(3000, 3100), slot=1))
-    batch = scheduler.schedule(0.0)
-    assert batch is not None
-    assert page == batch.page_tables[1, 0], "this is about a page that is used again"
+    another_dies_writing(scheduler, page)
     scheduler = successor(memory)
     scheduler.submit(again(first))
     batch = step(scheduler)
@@ -108,10 +111,7 @@ def test_pages_that_nobody_came_for_are_not_offered_again(memory: np.ndarray) ->
     (page,) = scheduler.slots.running()[0].table.pages
     scheduler = successor(memory)
     scheduler.ledger.forget_kept()
-    scheduler.submit(request("b", prompt=range(3000, 3100), slot=1))
-    batch = scheduler.schedule(0.0)
-    assert batch is not None
-    assert page == batch.page_tables[1, 0], "this is about a page that is used again"
+    another_dies_writing(scheduler, page)
     scheduler = successor(memory)
     scheduler.submit(again(first))
     batch = step(scheduler)
