@@ -20,7 +20,7 @@ from tests.system.harness import ServeProcess, numoe
 from tests.system.streams import STREAMS, Streams, Told, varied
 
 KILL, STOP, TERM = signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM
-FLAGS = ("--parallel", STREAMS + 2, "--shards", 2, "--chunk", 32, "--ctx-size", 1024)
+FLAGS = ("--parallel", STREAMS + 2, "--shards", 2, "--chunk", 32, "--ctx-size", 2048)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_the_queue_outlives_the_worker(lasting: ServeProcess, undisturbed: list[
     waiting: dict[int, Streams] = {}
     with Client(lasting.address) as client:
         victim = next(actor.pid for actor in client.status().actors if actor.role == admin_pb2.ACTOR_ROLE_ATTENTION)
-        running = Streams(lasting.address, [varied(number, 400 + 50 * number) for number in range(STREAMS + 2)])
+        running = Streams(lasting.address, [varied(number, 900 + 50 * number) for number in range(STREAMS + 2)])
         running.started(STREAMS + 2)
         for number in (1, 4, 7, 5, 3):
             waiting[number] = Streams(lasting.address, [varied(number, 75)])
@@ -130,10 +130,12 @@ def test_a_gateways_clients_may_try_again_at_the_same_address(lasting: ServeProc
     requests = [varied(number) for number in range(STREAMS)]
     before = lasting.status()["actors"]  # not while they run: they might end meanwhile
     victim = next(actor for actor in before if actor["role"] == "gateway")
-    streams = Streams(lasting.address, [varied(number, 900) for number in range(STREAMS)])
+    streams = Streams(lasting.address, [varied(number, 1900) for number in range(STREAMS)])
     streams.started(STREAMS)
     os.kill(victim["pid"], KILL)
-    assert {stream.error for stream in streams.join()} == {grpc.StatusCode.UNAVAILABLE}
+    cut = [stream.error for stream in streams.join() if stream.finished is None]
+    assert cut, "answers were too short"
+    assert set(cut) == {grpc.StatusCode.UNAVAILABLE}
     while True:
         again = Streams(lasting.address, requests).join()
         if grpc.StatusCode.UNAVAILABLE not in {stream.error for stream in again}:
