@@ -122,9 +122,7 @@ class Assembly:
         lost = [member for member in self.members if member.handle is None or member.state != "running"]
         self._placing.kill_others({member.actor for member in self.members if member not in lost})
         for member in self.members:
-            if member in lost:
-                member.state = "restarting"
-            else:
+            if member not in lost:
                 member.run = self._run(member)
                 if member.role == "gateway":  # it may have been joined, but not told yet
                     member.handle.serve.remote()

@@ -24,7 +24,7 @@ Phase = Literal["launching", "running", "draining", "stopping"]
 
 
 class MemberRecord(msgspec.Struct, frozen=True):
-    """What is remembered of a member: `actor` is its name in Ray."""
+    """What is remembered of a member, as there; `actor` is its name in Ray."""
 
     role: ActorRole
     name: str
@@ -35,6 +35,8 @@ class MemberRecord(msgspec.Struct, frozen=True):
     index: int
     numa_node: int | None
     restarts: int
+    crashes: int
+    since: float
 
 
 class ServerRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,8 +105,9 @@ class Member:
     def record(self) -> MemberRecord:
         """What to remember."""
         return MemberRecord(
-            self.role, self.name, self.actor, self.state, self.pid, self.host, self.index, self.numa_node, self.restarts
-        )
+            self.role, self.name, self.actor, self.state, self.pid, self.host, self.index, self.numa_node,
+            self.restarts, self.crashes, self.since,
+        )  # fmt: skip
 
     def info(self, placement: ActorPlacement | None = None) -> ActorInfo:
         """What users are shown."""
@@ -133,9 +136,10 @@ class Member:
 
     def died(self) -> None:
         """It does not any more."""
-        self.crashes = self.crashes + 1 if time.monotonic() - self.since < _STABLE_S else 0
+        if self.state == "running":  # else that was counted before the supervisor died, too
+            self.crashes = self.crashes + 1 if time.monotonic() - self.since < _STABLE_S else 0
+            self.restarts += 1
         self.state, self.run = "restarting", None
-        self.restarts += 1
 
     def kill(self) -> None:
         """End its process, whatever it is doing, and wait until it is gone: port, GPU and weights are free then."""
