@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from numoe.engine.errors import ResourceError
-from numoe.engine.kv.journal import KeptRun, PageJournal, digest_of
+from numoe.engine.kv.journal import KeptRun, PageJournal
 from numoe.engine.kv.pages import PAGE_TOKENS, PageAllocator
 from numoe.engine.scheduler.batch import Batch
 from numoe.engine.scheduler.conversation import Conversation, Parked, ParkedIndex, TailIndex
+from numoe.engine.scheduler.kept import KeptRuns
 from numoe.engine.scheduler.load import Load, Tail
 from numoe.engine.scheduler.sequence import Sequence
 from numoe.engine.scheduler.slots import Slots
@@ -32,15 +33,17 @@ if TYPE_CHECKING:
 
 
 class Ledger:
-    """Pages, the conversations that they hold, and the prompt cache's business with them; not thread-safe."""
+    """Pages, the conversations that they hold, and the prompt cache's business with them; not thread-safe.
+
+    kept: what requests had when the worker before died.
+    """
 
     def __init__(self, config: SchedulerConfig, slots: Slots, journal: PageJournal) -> None:
         self._config, self._slots, self._journal = config, slots, journal
         self.allocator = PageAllocator(config.n_pages, saves=config.caches, journal=journal)
         self._tails, self._away = TailIndex(), ParkedIndex()
-        self._kept = journal.runs()
-        slots.reserved.update(run.slot for run in self._kept.values())
-        self._borrowed: Counter[int] = Counter(page for run in self._kept.values() for page in run.pages)
+        self.kept = KeptRuns(journal, slots, self.give_back)
+        self._borrowed: Counter[int] = Counter(self.kept.pages)
         self.allocator.take(self._borrowed.elements())
         self._loading: dict[Load, Sequence] = {}
         self._lookups: list[Sequence] = []
@@ -61,20 +64,8 @@ class Ledger:
         """The chunk key before the first token."""
         return root_key(self._config.fingerprint, self._config.kv_type, salt)
 
-    def take_kept(self, sequence: Sequence) -> KeptRun | None:
-        """What a request had when the worker before died, if that holds its tokens; its pages stay borrowed."""
-        run = self._kept.pop(digest_of(sequence.request.request_id), None)
-        if run is None:
-            return None
-        self._slots.reserved.discard(run.slot)
-        agrees = self._journal.agrees(run, sequence.tokens) and self._slots.is_free(run.slot)
-        if not agrees or sequence.request.slot not in (None, run.slot):
-            self._let_go(run)
-            return None
-        return run
-
     def go_on(self, sequence: Sequence, run: KeptRun) -> None:
-        """Begin with the pages of `take_kept`: what is in them is not computed again, but for the last token."""
+        """Begin with the pages of a run of `kept`: what is in them is not computed again, but for the last token."""
         for page in run.pages:
             sequence.table.append(page)
         self.give_back(run.pages)
@@ -82,19 +73,6 @@ class Ledger:
             pages = enumerate(run.pages)
             sequence.foreign = {number for number, page in pages if self.allocator.is_foreign_page(page)}
         self.advance(sequence, min(run.computed, len(sequence.tokens) - 1))
-
-    def forget_kept(self) -> None:
-        """Nobody goes on any more with what others had when the worker before died."""
-        for run in self._kept.values():
-            self._let_go(run)
-        self._kept.clear()
-        self._slots.reserved.clear()
-
-    def _let_go(self, run: KeptRun) -> None:
-        """Nobody goes on with what a request had: its pages may be given out, so the journal must not name them."""
-        if self._slots.sequences[run.slot] is None:  # else what it says of the slot is of that one
-            self._journal.clear(run.slot)
-        self.give_back(run.pages)
 
     def look_up(self, sequence: Sequence, now: float) -> None:
         """Have the prompt cache asked how much it has of the tokens."""

@@ -79,7 +79,7 @@ class Scheduler:
     come free once the ledger's `unsaved_keys` are saved.
 
     journal: is told what the pages hold. What it says already was computed by a worker that died: requests that come
-    again go on from there, until the ledger's `forget_kept`.
+    again go on from there, until the ledger's `kept.forget`.
     """
 
     def __init__(
@@ -307,7 +307,7 @@ class Scheduler:
 
     def _go_on(self, sequence: Sequence) -> bool:
         """Have a request go on in its slot from what it had when the worker before died; whether it had anything."""
-        if (run := self.ledger.take_kept(sequence)) is None:
+        if (run := self.ledger.kept.take(sequence)) is None:
             return False
         self._clear(run.slot, sequence)
         self._enter(run.slot, sequence)

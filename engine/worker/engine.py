@@ -101,7 +101,7 @@ class Engine:
     def settle(self) -> None:
         """Every request that a worker before has left has come again, or will not."""
         with self._changed:
-            self._scheduler.ledger.forget_kept()
+            self._scheduler.ledger.kept.forget()
             self._changed.notify_all()
 
     def status(self) -> WorkerStatus:

@@ -209,7 +209,7 @@ class AnyTraffic(RuleBasedStateMachine):
                 )
                 expected.started, expected.goes_on = False, True
                 self.scheduler.submit(left)
-        self.scheduler.ledger.forget_kept()
+        self.scheduler.ledger.kept.forget()
         self.take_events()
 
     def teardown(self) -> None:

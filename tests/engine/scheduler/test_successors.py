@@ -110,7 +110,7 @@ def test_pages_that_nobody_came_for_are_not_offered_again(memory: np.ndarray) ->
     step(scheduler)
     (page,) = scheduler.slots.running()[0].table.pages
     scheduler = successor(memory)
-    scheduler.ledger.forget_kept()
+    scheduler.ledger.kept.forget()
     another_dies_writing(scheduler, page)
     scheduler = successor(memory)
     scheduler.submit(again(first))
@@ -156,7 +156,7 @@ def test_who_does_not_come_again_leaves_the_pages(memory: np.ndarray) -> None:
         step(scheduler)
     scheduler = successor(memory)
     assert scheduler.status(0, {}).kv_pages_used == 4
-    scheduler.ledger.forget_kept()
+    scheduler.ledger.kept.forget()
     assert scheduler.status(0, {}).kv_pages_used == 0
     scheduler.check_integrity()
 
