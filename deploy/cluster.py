@@ -22,6 +22,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 from numoe.actors.attention import AttentionActor
 from numoe.actors.expert import ExpertActor
 from numoe.actors.gateway.actor import GatewayActor
+from numoe.cluster.calls import first_line, get
 from numoe.cluster.endpoint import Endpoint
 from numoe.cluster.heartbeats import Pulse
 from numoe.cluster.member import Replaced, ServerRecord, end_processes, is_local, is_stopped
@@ -33,7 +34,7 @@ from numoe.deploy.head import Head
 from numoe.deploy.raylets import PRIVATE_TEMP, find_raylets, head_answers
 from numoe.deploy.signals import StopSignals, uninterrupted
 from numoe.engine import shm
-from numoe.engine.errors import NumoeError, UnavailableError
+from numoe.engine.errors import UnavailableError
 from numoe.engine.private import make_private_folder
 from numoe.engine.weights import free_weights, sweep_incomplete
 
@@ -177,9 +178,9 @@ class Server:
         Raises the error that kept it from coming up.
         """
         while not ray.wait([self._launched], timeout=0.2)[0]:
-            yield unwrap(self.supervisor.progress.remote())
-        self.address: str = unwrap(self._launched)
-        yield unwrap(self.supervisor.progress.remote())
+            yield get(self.supervisor.progress.remote())
+        self.address: str = get(self._launched)
+        yield get(self.supervisor.progress.remote())
 
     def wait(self, stop: threading.Event) -> str:
         """Block until the server is down or `stop` is set; why it is down, empty if it was told to stop.
@@ -195,7 +196,7 @@ class Server:
                 leave_ray(f"{why}; without it the server cannot go on: start Ray, then the server again")
             if ray.wait([ended], timeout=_LOOK_S)[0]:
                 try:
-                    return str(unwrap(ended, restarts=True))
+                    return str(get(ended, restarts=True))
                 except ActorUnavailableError:
                     time.sleep(_LOOK_S)
                     ended = self.supervisor.wait.remote()
@@ -214,10 +215,10 @@ class Server:
         until = time.monotonic() + _RESTART_S
         while True:
             try:
-                return unwrap(getattr(self.supervisor, method).remote(*args), restarts=True)
+                return get(getattr(self.supervisor, method).remote(*args), restarts=True)
             except ActorUnavailableError as error:
                 if time.monotonic() > until:
-                    raise UnavailableError(f"the supervisor does not come back: {_first_line(error)}") from error
+                    raise UnavailableError(f"the supervisor does not come back: {first_line(error)}") from error
                 time.sleep(_LOOK_S)
 
     def worker(self) -> Any:
@@ -272,24 +273,3 @@ class Server:
             free_weights(folder)
         sweep_incomplete()  # of a load that was interrupted
         shm.remove_folder(folder)
-
-
-def unwrap(reference: Any, *, restarts: bool = False) -> Any:
-    """ray.get with numoe's own errors as they were raised; others become UnavailableError.
-
-    restarts: of an actor that Ray starts again; while it does, ActorUnavailableError is raised.
-    """
-    try:
-        return ray.get(reference)
-    except RayError as error:
-        if restarts and isinstance(error, ActorUnavailableError):
-            raise
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, NumoeError):
-            raise cause from None
-        what = _first_line(cause or error)
-        raise UnavailableError(f"an actor failed ({what}); its log is in Ray's session folder") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]

@@ -35,7 +35,7 @@ def logits(
     with one_line_errors(), StopSignals():
         import numpy as np
 
-        from numoe.deploy.cluster import unwrap
+        from numoe.cluster.calls import get
         from numoe.deploy.launch import running_server
 
         tokens = _read_tokens(tokens_file)
@@ -44,8 +44,8 @@ def logits(
         options = placement.plan_options(context=len(tokens), slots=1, chunk=min(chunk, len(tokens)))
         with running_server(model, options, None) as server:
             worker, parts = server.worker(), []
-            unwrap(worker.begin_logits.remote(tokens, options.chunk))
-            while (part := unwrap(worker.next_logits.remote())) is not None:
+            get(worker.begin_logits.remote(tokens, options.chunk))
+            while (part := get(worker.next_logits.remote())) is not None:
                 parts.append(np.array(part))
         with out.open("wb") as file:
             np.savez(file, tokens=np.array(tokens, np.int32), logits=np.concatenate(parts))
