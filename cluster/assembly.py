@@ -26,7 +26,6 @@ from numoe.cluster.plan import Plan
 from numoe.cluster.status import ActorRole
 from numoe.engine.errors import UnavailableError
 from numoe.engine.keeper import SOCKET, Keeper
-from numoe.engine.private import remove_staged
 from numoe.engine.shm import adopt_folder
 from numoe.engine.weights import CachedPages, WeightSlice, hold_weights, is_loaded, sweep_incomplete
 
@@ -47,7 +46,6 @@ class Assembly:
         self.address = ""
         self.keep_weights, self.drain_until = False, 0.0
         self.supervisors = 0  # that have died
-        self.unsaved = False
         self._connection, self._joined = 0, ("", "")
         self._joining, self._saving = threading.Lock(), threading.Lock()
         self.weights: list[WeightSlice] = []
@@ -112,7 +110,6 @@ class Assembly:
 
     def take_over(self, record: ServerRecord) -> list[Member]:
         """Go on where another supervisor has died; the members that have to be replaced."""
-        remove_staged(self._folder)  # only supervisors write there
         self._keep()
         self._placing.take_over()
         self.address, self.phase, self.supervisors = record.address, record.phase, record.restarts + 1
@@ -122,7 +119,9 @@ class Assembly:
         lost = [member for member in self.members if member.handle is None or member.state != "running"]
         self._placing.kill_others({member.actor for member in self.members if member not in lost})
         for member in self.members:
-            if member not in lost:
+            if member in lost:
+                member.died()
+            else:
                 member.run = self._run(member)
                 if member.role == "gateway":  # it may have been joined, but not told yet
                     member.handle.serve.remote()
@@ -135,8 +134,8 @@ class Assembly:
     def save(self) -> None:
         """Remember the members, and let the folder stay while any of them lives.
 
-        Where that is not possible, as shared memory is full, `unsaved` says that it is to be tried again: a server
-        whose supervisor remembers too little is better than none.
+        A server whose supervisor remembers too little is better than none: where somebody has removed the folder, the
+        log says so.
         """
         with self._saving:
             members = tuple(member.record() for member in self.members)
@@ -150,11 +149,7 @@ class Assembly:
                 record.save(self._folder)
                 adopt_folder(self._folder, [os.getpid(), *(member.pid for member in self.members if member.is_local)])
             except OSError as error:
-                if not self.unsaved:
-                    logger.warning("the server's state cannot be saved in %s: %s", self._folder, error.strerror)
-                self.unsaved = True
-            else:
-                self.unsaved = False
+                logger.warning("the server's state cannot be saved in %s: %s", self._folder, error.strerror)
 
     def of(self, role: ActorRole) -> list[Member]:
         """The members of a role."""

@@ -15,11 +15,11 @@ import psutil
 import ray
 
 from numoe.cluster.status import ActorInfo, ActorPlacement, ActorRole, ActorState
-from numoe.engine.private import replace_private
+from numoe.engine.reserved import make_reserved, read_reserved, rewrite
 
 _EXIT_TIMEOUT_S = 10.0
 _STABLE_S = 2.0
-_FILE = "server"
+_FILE, _FILE_BYTES = "server", 128 << 10
 Phase = Literal["launching", "running", "draining", "stopping"]
 
 
@@ -62,13 +62,19 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True):
     def load(cls, folder: Path) -> Self | None:
         """What was saved last; None if nothing was."""
         try:
-            return msgspec.msgpack.decode((folder / _FILE).read_bytes(), type=cls)
+            found = read_reserved(folder / _FILE)
         except FileNotFoundError:
             return None
+        return None if found is None else msgspec.msgpack.decode(found, type=cls)
 
     def save(self, folder: Path) -> None:
-        """Write it to the server's folder."""
-        replace_private(folder / _FILE, msgspec.msgpack.encode(self))
+        """Write it to the server's folder, also where shared memory is full."""
+        rewrite(folder / _FILE, msgspec.msgpack.encode(self))
+
+    @staticmethod
+    def reserve(folder: Path) -> None:
+        """Make room for it; ResourceError if there is none."""
+        make_reserved(folder / _FILE, _FILE_BYTES)
 
 
 @dataclass(eq=False)

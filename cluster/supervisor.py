@@ -76,7 +76,7 @@ class Supervisor:
         if ray.get_runtime_context().was_current_actor_reconstructed:
             self._take_over()
         else:
-            shm.create_folder(instance)
+            ServerRecord.reserve(shm.create_folder(instance))
             self._assembly.keep_weights = keep_weights
             self._assembly.save()
 
@@ -206,8 +206,6 @@ class Supervisor:
             if why := signs.why_hung(member):
                 logger.warning("actor %s (pid %d) %s and is killed", member.name, member.pid, why)
                 member.kill()
-        if self._assembly.unsaved:
-            self._assembly.save()
         if self._assembly.is_apart and not self._assembly.is_joining:
             threading.Thread(target=self._assembly.join, name="numoe-join", daemon=True).start()
         return not ended and all(member.state == "running" for member in members)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import stat
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +10,6 @@ from typing import NamedTuple
 from numoe.engine.errors import AccessError, InputError, NotFoundError
 
 MAX_SECRET_BYTES = 1 << 20
-_STAGED = "."
 
 
 class Stamp(NamedTuple):
@@ -55,26 +53,6 @@ def write_private(path: Path, content: bytes) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
     with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
         file.write(content)
-
-
-def replace_private(path: Path, content: bytes) -> None:
-    """As `write_private`, but whoever reads the file meanwhile finds what was there before.
-
-    A writer that is killed leaves a file beside it: see `remove_staged`.
-    """
-    staged = path.with_name(f"{_STAGED}{path.name}.{secrets.token_hex(8)}")
-    try:
-        write_private(staged, content)
-        staged.rename(path)
-    except OSError:
-        staged.unlink(missing_ok=True)
-        raise
-
-
-def remove_staged(folder: Path) -> None:
-    """Remove what killed writers have left in a folder in which nobody writes now."""
-    for staged in folder.glob(f"{_STAGED}*"):
-        staged.unlink(missing_ok=True)
 
 
 def read_secret(path: Path) -> tuple[bytes, Stamp]:

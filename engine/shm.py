@@ -15,10 +15,11 @@ import numpy.typing as npt
 import psutil
 
 from numoe.engine.errors import AccessError, ResourceError, UnavailableError
-from numoe.engine.private import make_private_folder, replace_private
+from numoe.engine.private import make_private_folder
+from numoe.engine.reserved import make_reserved, read_reserved, rewrite
 
 ROOT = Path(f"/dev/shm/numoe-{os.getuid()}")  # noqa: S108 - shared memory is what this is for
-_OWNER_FILE = "owner"
+_OWNER_FILE, _OWNER_BYTES = "owner", 16 << 10
 _UNSIGNED_SECONDS = 30.0
 _TRIES = 100
 
@@ -78,7 +79,7 @@ class SharedSegment:
 def create_folder(instance: str) -> Path:
     """The folder of an instance, owned by this process: `remove_stale` spares it while the owner lives.
 
-    Raises AccessError where the root is another user's.
+    Raises AccessError where the root is another user's, ResourceError where there is no room.
     """
     folder = ROOT / instance
     for tries_left in reversed(range(_TRIES)):
@@ -89,6 +90,7 @@ def create_folder(instance: str) -> Path:
         except FileNotFoundError:  # another server has ended meanwhile, and removed the root
             if not tries_left:
                 raise
+    make_reserved(folder / _OWNER_FILE, _OWNER_BYTES)
     adopt_folder(folder, [os.getpid()])
     return folder
 
@@ -99,7 +101,19 @@ def adopt_folder(folder: Path, pids: Iterable[int]) -> None:
     for pid in pids:
         with contextlib.suppress(psutil.NoSuchProcess):
             owners.append(f"{pid} {psutil.Process(pid).create_time()}")
-    replace_private(folder / _OWNER_FILE, "\n".join(owners).encode())
+    rewrite(folder / _OWNER_FILE, "\n".join(owners).encode())
+
+
+def owners_of(folder: Path) -> list[tuple[int, float]] | None:
+    """Process id and start, in seconds since 1970, of each owner of an instance's folder; None while it is unsigned."""
+    try:
+        found = read_reserved(folder / _OWNER_FILE)
+    except OSError:
+        return None
+    if found is None:
+        return None
+    pairs = (line.split() for line in found.decode().splitlines())
+    return [(int(pid), float(started)) for pid, started in pairs]
 
 
 def remove_folder(folder: Path) -> None:
@@ -130,12 +144,10 @@ def remove_stale() -> list[Path]:
 
 
 def _owner_lives(folder: Path) -> bool:
-    try:
-        owners = [line.split() for line in (folder / _OWNER_FILE).read_text().splitlines()]
-        return any(_lives(int(pid), float(started)) for pid, started in owners)
-    except (OSError, ValueError):
-        # Just being made, by another process that has not signed it yet.
-        return folder.exists() and time.time() - folder.stat().st_mtime < _UNSIGNED_SECONDS
+    if (owners := owners_of(folder)) is not None:
+        return any(_lives(pid, started) for pid, started in owners)
+    # Just being made, by another process that has not signed it yet.
+    return folder.exists() and time.time() - folder.stat().st_mtime < _UNSIGNED_SECONDS
 
 
 def _lives(pid: int, started: float) -> bool:

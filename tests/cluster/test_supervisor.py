@@ -24,7 +24,7 @@ from numoe.cluster.member import ServerRecord
 from numoe.cluster.status import ActorPlacement, ActorRole
 from numoe.cluster.supervisor import Supervisor
 from numoe.cluster.topology import NumaNode, Topology
-from numoe.engine import private, shm
+from numoe.engine import shm
 from tests.cluster.actors import FakeActor, FakeRay
 
 PLAN: Any = SimpleNamespace(shards=(), slices={}, mailbox=None, files=())
@@ -188,35 +188,49 @@ def test_no_connection_has_the_number_of_one_before(fake: FakeRay) -> None:
 
 def test_a_gateway_is_told_to_serve_should_the_supervisor_have_died_before(fake: FakeRay) -> None:
     start(fake)
-    unfinished = shm.ROOT / INSTANCE / ".server.0123"
-    unfinished.touch()
     second = start(fake, again=True)
-    assert not unfinished.exists()
     assert len(fake.of("gateway")[0].called("serve")) == 2
     second.shutdown(0.0)
     assert second.wait() == ""
 
 
-def test_a_server_goes_on_while_its_state_cannot_be_saved(
-    fake: FakeRay, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    running, before = start(fake), record()
-    with monkeypatch.context() as patch:
+@pytest.mark.parametrize("roles", [("gateway", "attention"), ("attention", "gateway"), ("gateway",), ("attention",)])
+def test_who_dies_with_the_supervisor_is_replaced(fake: FakeRay, roles: tuple[ActorRole, ...]) -> None:
+    """The supervisor before does not know of it: its record says that they run."""
+    start(fake)
+    kill_supervisors()
+    for role in roles:
+        fake.of(role)[0].die()
+    second = start(fake, again=True)
+    wait_for(lambda: all(member.state == "running" for member in record().members))
+    for role in roles:
+        join(f"numoe-{role}")
+    wait_for(lambda: record().joined == tuple(fake.of(role)[-1].name for role in ("attention", "gateway")))
+    restarts = {member.role: member.restarts for member in record().members}
+    assert restarts == {role: int(role in roles) for role in ("gateway", "attention")}
+    assert len(fake.actors) == 2 + len(roles)
+    second.shutdown(0.0)
+    assert second.wait() == ""
 
-        def full(path: Path, _: bytes) -> None:
-            path.touch()
-            raise OSError(errno.ENOSPC, "No space left on device")
 
-        patch.setattr(private, "write_private", full)
-        fake.of("gateway")[0].die()
-        wait_for(lambda: len(fake.of("gateway")) == 2 and fake.of("gateway")[1].called("serve"))
-        assert record() == before
-        assert {path.name for path in (shm.ROOT / INSTANCE).iterdir()} == {"server", "owner", "keeper"}
-    wait_for(lambda: record() != before)
-    assert fake.of("gateway")[1].name in {member.actor for member in record().members}
-    assert [line.getMessage() for line in caplog.records if "cannot be saved" in line.getMessage()] == [
-        f"the server's state cannot be saved in {shm.ROOT / INSTANCE}: No space left on device"
-    ]
+def test_the_state_is_saved_where_there_is_no_room_any_more(fake: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the next supervisor would take those for dead who have been replaced, and replace them."""
+    running, made = start(fake), {path: path.stat() for path in (shm.ROOT / INSTANCE).iterdir()}
+    fake.of("gateway")[0].die()
+    wait_for(lambda: len(fake.of("gateway")) == 2 and fake.of("gateway")[1].name in str(record().joined))
+    for path, before in made.items():
+        assert (path.stat().st_ino, path.stat().st_blocks) == (before.st_ino, before.st_blocks)
+    assert {path.name for path in (shm.ROOT / INSTANCE).iterdir()} == {"server", "owner", "keeper"}
+    running.shutdown(0.0)
+    assert running.wait() == ""
+
+
+def test_a_server_goes_on_where_somebody_removes_its_state(fake: FakeRay, caplog: pytest.LogCaptureFixture) -> None:
+    running = start(fake)
+    (shm.ROOT / INSTANCE / "server").unlink()
+    fake.of("gateway")[0].die()
+    wait_for(lambda: len(fake.of("gateway")) == 2 and fake.of("gateway")[1].called("serve"))
+    assert f"the server's state cannot be saved in {shm.ROOT / INSTANCE}: No such file or directory" in caplog.text
     running.shutdown(0.0)
     assert running.wait() == ""
 

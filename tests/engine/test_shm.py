@@ -9,6 +9,7 @@ import pytest
 
 from numoe.engine import private, shm
 from numoe.engine.errors import AccessError, ResourceError, UnavailableError
+from numoe.engine.reserved import rewrite
 
 
 @pytest.fixture
@@ -86,8 +87,8 @@ def test_nothing_behind_a_link_is_removed(root: Path, tmp_path: Path) -> None:
 
 def test_only_folders_of_dead_owners_are_stale(root: Path) -> None:
     living, dead, reused = (shm.create_folder(name) for name in ("living", "dead", "reused"))
-    (dead / "owner").write_text("999999999 1.0")
-    (reused / "owner").write_text(f"{os.getpid()} 1.0")  # this pid, but of a process that started long ago
+    rewrite(dead / "owner", b"999999999 1.0")
+    rewrite(reused / "owner", b"%d 1.0" % os.getpid())  # this pid, but of a process that started long ago
     assert shm.remove_stale() == [dead, reused]
     assert living.is_dir()
 

@@ -91,7 +91,7 @@ class ServeProcess:
     def _may_own(self, folder: Path) -> bool:
         """Whether a folder that came while this server started is not another test's or server's."""
         with contextlib.suppress(OSError, psutil.NoSuchProcess):
-            owners = [int(line.split()[0]) for line in (folder / "owner").read_text().splitlines()]
+            owners = [pid for pid, _ in shm.owners_of(folder) or ()]
             private = any("numoe-ray" in " ".join(psutil.Process(pid).parent().cmdline()) for pid in owners)
             return not folder.name.startswith("test-") and (not private or bool(self.pids & set(owners)))
         return False
