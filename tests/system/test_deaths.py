@@ -159,6 +159,20 @@ def test_three_deaths_at_once(lasting: ServeProcess, undisturbed: list[Told]) ->
         wait_replaced(lasting, found[role])
 
 
+def test_everybody_but_the_shards_dies_at_once(lasting: ServeProcess, undisturbed: list[Told]) -> None:
+    found = {actor["role"]: actor for actor in lasting.status()["actors"]}
+    for role in ("gateway", "attention", "supervisor"):
+        os.kill(found[role]["pid"], KILL)
+    while True:
+        told = Streams(lasting.address, [varied(number) for number in range(STREAMS)]).join()
+        if {stream.error for stream in told} == {None}:
+            break
+        assert lasting.process.poll() is None, "the server has ended"
+    assert [stream.answer for stream in told] == [stream.answer for stream in undisturbed]
+    for role in ("gateway", "attention"):
+        wait_replaced(lasting, found[role])
+
+
 def test_a_server_whose_actor_cannot_be_replaced_says_so_and_ends(tmp_path: Path) -> None:
     model = make_model(tmp_path / "gone.gguf", "qwen3moe", experts_type="Q8_0", attn_type="Q8_0")
     server = ServeProcess(model, "--shards", 2)
