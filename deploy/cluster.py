@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 
 import psutil
 import ray
-from ray._private import worker as ray_worker
 from ray.exceptions import ActorUnavailableError, RayError
 
 from numoe.actors.attention import AttentionActor
@@ -30,6 +29,7 @@ from numoe.cluster.placing import NAMESPACE, ActorClasses, kill_actors
 from numoe.cluster.plan import Plan
 from numoe.cluster.status import TAKE_DOWN_S, LoadProgress
 from numoe.cluster.supervisor import Supervisor, supervisor_name
+from numoe.deploy import messages
 from numoe.deploy.head import Head
 from numoe.deploy.raylets import PRIVATE_TEMP, find_raylets, head_answers
 from numoe.deploy.signals import StopSignals, uninterrupted
@@ -43,7 +43,6 @@ _OWNER_VARIABLE = "NUMOE_RAY_OWNER"
 _OBJECT_STORE_BYTES = 128 << 20  # Ray's default is 30 % of memory, and lies where the weights lie
 _CLOSING_HEAD_S = 3.0  # of silence: a head that was started here is not started again
 _LOOK_S = 0.5
-_RAY_ON_DEATHS = "A worker died or was killed"
 _RESTART_S = 30.0  # in which Ray has restarted a supervisor
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -60,17 +59,11 @@ def start_ray() -> bool:
     """Join the running cluster, or start one on this host; whether it was started here."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    # What Ray has to say, as when a process has died, it prints to stdout, where numoe's commands print results.
-    ray_worker.print_to_stdstream = _print_to_stderr
+    messages.redirect()
     with uninterrupted():
-        return _init_ray()
-
-
-def _print_to_stderr(data: dict[str, Any], **_: Any) -> None:
-    """Print lines that Ray has for the driver, but its long words about each death: `Server.wait` tells of those."""
-    for line in data["lines"]:
-        if not line.startswith(_RAY_ON_DEATHS):
-            print(f"ray: {line}", file=sys.stderr, flush=True)
+        started_here = _init_ray()
+    messages.wait_patiently()
+    return started_here
 
 
 def stop_ray() -> None:
@@ -193,7 +186,10 @@ class Server:
         while not stop.is_set():
             if why := self._head.why_lost():
                 self.end_processes()
-                leave_ray(f"{why}; without it the server cannot go on: start Ray, then the server again")
+                cure = "start the server again" if self._is_ray_ours else "start Ray, then the server again"
+                leave_ray(f"{why}; without it the server cannot go on: {cure}")
+            for line in self._head.news():
+                print(f"numoe: {line}", file=sys.stderr, flush=True)
             if ray.wait([ended], timeout=_LOOK_S)[0]:
                 try:
                     return str(get(ended, restarts=True))
@@ -249,11 +245,15 @@ class Server:
             self.end_processes()
             closed.set()
 
+    @property
+    def _is_ray_ours(self) -> bool:
+        """Whether this process has started Ray."""
+        return os.environ.get(_OWNER_VARIABLE) == _OWN_TEMP_DIR
+
     def _leave_with_ray(self, closed: threading.Event) -> None:
         """Clean up and end this process if Ray ends before the server is `closed`."""
-        started_here = os.environ.get(_OWNER_VARIABLE) == _OWN_TEMP_DIR
         while not closed.wait(_LOOK_S):
-            if why := self._head.why_lost(_CLOSING_HEAD_S if started_here else None):
+            if why := self._head.why_lost(_CLOSING_HEAD_S if self._is_ray_ours else None):
                 self.end_processes()
                 leave_ray(f"{why}: the server was ended without its help")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 
 import psutil
 import ray
@@ -13,6 +14,7 @@ from numoe.deploy.raylets import find_raylets, head_answers
 _TIMEOUT_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 _TIMEOUT_S = 60.0
 _SHARE = 0.75
+_MISSED_S = 4.0
 _LOOK_S, _LONGEST_LOOK_S = 2.0, 10.0
 
 
@@ -29,6 +31,7 @@ class Head:
         self._patience_s = _SHARE * float(os.environ.get(_TIMEOUT_VARIABLE, _TIMEOUT_S))
         self._nodes = [raylet.pid for raylet in find_raylets() if raylet.gcs_address == self._address]
         self._answered = self._looked = time.monotonic()
+        self._is_missed = False
 
     def why_lost(self, patience_s: float | None = None) -> str:
         """What is gone, empty if nothing is. patience_s: of a head that is silent, if not almost as long as Ray has."""
@@ -45,6 +48,19 @@ class Head:
         if now - self._answered > patience_s:
             return f"Ray's head at {self._address} has not answered for {patience_s:.0f} s"
         return ""
+
+
+    def news(self) -> Iterator[str]:
+        """What there is to tell of the head since the last time, as `why_lost` has found it."""
+        is_missed = self._looked - self._answered >= _MISSED_S
+        if is_missed != self._is_missed:
+            self._is_missed = is_missed
+            yield (
+                f"Ray's head at {self._address} does not answer: streams go on, but nobody who dies is replaced, and "
+                f"the server ends if that stays so for {self._patience_s:.0f} s"
+                if is_missed
+                else f"Ray's head at {self._address} answers again"
+            )
 
 
 def _lives(pid: int) -> bool:

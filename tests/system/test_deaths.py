@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -197,8 +198,13 @@ def test_without_rays_head_streams_go_on_until_the_server_ends_and_nothing_is_le
     head = next(p for p in psutil.Process(server.process.pid).children() if p.name() == "gcs_server")
     head.kill()
     assert [told.token_ids for told in streams.join()] == [want.token_ids[:100] for want in undisturbed]
+    serve = psutil.Process(server.process.pid)
+    before = serve.cpu_times().user
+    time.sleep(2.0)
+    assert serve.cpu_times().user - before < 1.0, "whoever waits for the head leaves the processors to others"
     server.process.wait(60)
     code, errors = server.stop()
     assert code == 1
-    assert "Ray's head" in errors
+    assert re.search(r"Ray's head at \S+ does not answer: streams go on", errors)
+    assert "has not answered for 10 s; without it the server cannot go on: start the server again" in errors
     assert server.left_over() == []
