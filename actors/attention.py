@@ -250,10 +250,10 @@ class AttentionActor:
         """An answer's `Measurement`: see `Engine.measure_decode`."""
         return self._engine.measure_decode(token_id, start, count)
 
-    def stop(self, save_s: float = 0.0, why: str = "") -> None:
+    def stop(self, save_s: float = 0.0, why: str = "") -> str:
         """End the step loop, then the shards' loops; conversations are saved for at most `save_s` seconds.
 
-        why: what requests that still run are told.
+        why: what requests that still run are told. Returns what is lost, empty if nothing is.
         """
         cache, until = self._plan.cache, time.monotonic() + save_s
         self._engine.stop(why)
@@ -262,9 +262,10 @@ class AttentionActor:
                 self._engine.slots.save_file(Path(cache.prompt_cache_file), all_tokens=cache.prompt_cache_all)
             except NumoeError:
                 logger.exception("the prompt cache file was not written")
-        self._engine.close(save_until=until if cache.resume else None)
+        lost = self._engine.close(save_until=until if cache.resume else None)
         if self._mailbox is not None:
             self._mailbox.stop_shards()
+        return lost
 
 
 def _tiers(plan: Plan, gguf: GgufFile, folder: Path) -> dict[str, Any]:

@@ -172,7 +172,7 @@ class Supervisor:
         return self._assembly.of("attention")[0].handle
 
     def wait(self) -> str:
-        """Block until the server is down; why, or an empty text if it was told to stop."""
+        """Block until the server is down; why and what is lost, empty if it was told to stop and saved all."""
         self._outcome.ended.wait()
         return self._outcome.message
 
@@ -290,7 +290,8 @@ class Supervisor:
                     ray.get(member.handle.stop.remote(message), timeout=_CALL_TIMEOUT_S)
                 elif member.role == "attention" and member.state == "running":
                     member.state = "draining"
-                    ray.get(member.handle.stop.remote(SAVE_S, message), timeout=SAVE_S + _CALL_TIMEOUT_S)
+                    lost = ray.get(member.handle.stop.remote(SAVE_S, message), timeout=SAVE_S + _CALL_TIMEOUT_S)
+                    self._outcome.message = "; ".join(filter(None, (message, lost)))
         pending = [m.run for m in members if m.run is not None and m.state != "dead"]
         if pending:
             ray.wait(pending, num_returns=len(pending), timeout=_STOP_TIMEOUT_S)

@@ -176,7 +176,7 @@ class Server:
         yield get(self.supervisor.progress.remote())
 
     def wait(self, stop: threading.Event) -> str:
-        """Block until the server is down or `stop` is set; why it is down, empty if it was told to stop.
+        """Block until the server is down or `stop` is set; why it is down, empty if it was told to stop and saved all.
 
         The supervisor watches the others, and whom it replaces is told; here it is watched. Ray starts it again
         when it dies. Where Ray itself has died, everything is cleaned up and the process ends.
@@ -226,16 +226,17 @@ class Server:
         placements = (actor.placement for actor in self._ask("actors"))
         return [placement.problem for placement in placements if placement is not None and placement.problem]
 
-    def close(self, drain_s: float = 0.0) -> None:
-        """Take everything down, after running requests had `drain_s` seconds.
+    def close(self, drain_s: float = 0.0) -> str:
+        """Take everything down, after running requests had `drain_s` seconds; what is lost, empty if nothing is.
 
         Ray may end meanwhile, as when a whole process group is told to: then nobody answers any more.
         """
         closed = threading.Event()
         threading.Thread(target=self._leave_with_ray, args=(closed,), name="numoe-leave", daemon=True).start()
+        lost = ""
         try:
             self._ask("shutdown", drain_s)
-            ray.wait([self.supervisor.wait.remote()], timeout=drain_s + TAKE_DOWN_S)
+            lost = get(self.supervisor.wait.remote(), drain_s + TAKE_DOWN_S)
         except (RayError, UnavailableError):
             pass
         finally:
@@ -244,6 +245,7 @@ class Server:
             kill_actors(self.instance)
             self.end_processes()
             closed.set()
+        return lost
 
     @property
     def _is_ray_ours(self) -> bool:

@@ -84,7 +84,11 @@ def _serve(signals: StopSignals, model: str, endpoint: Endpoint, options: PlanOp
                 print(f"numoe: {problem}", file=sys.stderr)
         why = server.wait(signals.stop)
         if signals.stop.is_set():
-            server.close(DRAIN_S)
+            print(
+                f"numoe: stopping; running requests get up to {DRAIN_S:g} s (Ctrl-C again ends the server at once)",
+                file=sys.stderr,
+            )
+            why = server.close(DRAIN_S) or why
         if why:
             raise UnavailableError(why)
 

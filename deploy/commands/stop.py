@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,7 +41,10 @@ def stop(
     """
     with one_line_errors(), connection.client() as client:
         duration("--timeout", timeout)  # refuses what is none
-        pids = local_pids(client.status().actors)
+        status = client.status()
+        if reason := status.cache.store_error:
+            print(f"numoe: the store is not used, conversations may be lost: {reason}", file=sys.stderr)
+        pids = local_pids(status.actors)
         running = client.shutdown(timeout, keep_weights=keep_weights)
         if running:
             print(f"waiting up to {timeout:g} s for {count(running, 'running request')} (Ctrl-C leaves them be)")

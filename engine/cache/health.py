@@ -47,8 +47,12 @@ class Health:
             raise
         self.recover()
 
+    def try_now(self) -> None:
+        """Let it be tried without waiting any longer."""
+        self._until = self._clock()
+
     def recover(self) -> None:
-        """Try again from now on."""
+        """It works again."""
         if self.error:
             logger.warning("%s the store works again", self._what)
             self.error, self.unreachable, self._pause, self._until = "", False, 0.0, 0.0

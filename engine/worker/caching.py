@@ -150,17 +150,23 @@ class Caching:
                     self._scheduler.ledger.offer(parked)
                 return
 
-    def save_all(self, until: float) -> None:
-        """Write the conversations of all slots, until `time.monotonic()` is `until`."""
-        if self._parking is None or self.cache is None:
-            return
+    def save_all(self, until: float) -> str:
+        """Write the conversations of all slots, until `time.monotonic()` is `until`.
+
+        How many could not be written, and why; empty if all were.
+        """
+        if self._parking is None or self.cache is None or self.cache.tier is None:
+            return ""
+        before = self._parking.lost
         with self._changed:
             self.collect()
             for slot, conversation in enumerate(self._scheduler.slots.conversations):
                 if conversation is not None:
                     self._parking.park(Parked(conversation, slot=slot))
-        self._parking.flush(until)
+        lost = self._parking.flush(until) + self._parking.lost - before
         self.cache.flush(until)
+        why = self.cache.tier.writing.error or self._parking.failure or "it took too long"
+        return f"of the slots' conversations {lost} could not be saved: {why}" if lost else ""
 
     def close(self) -> None:
         """Stop the background."""

@@ -136,15 +136,15 @@ class Engine:
             while self._stepping:
                 self._changed.wait()
 
-    def close(self, save_until: float | None = None) -> None:
+    def close(self, save_until: float | None = None) -> str:
         """End the background of the prompt cache, after `stop`.
 
         Given save_until (`time.monotonic()`), all conversations are written to the store before, as far
-        as that works by then.
+        as that works by then: what could not be, and why, empty if all were.
         """
-        if save_until is not None:
-            self._caching.save_all(save_until)
+        lost = "" if save_until is None else self._caching.save_all(save_until)
         self._caching.close()
+        return lost
 
     def run(self) -> None:
         """Run steps while there is work, sleep while there is none, until `stop`."""

@@ -24,7 +24,7 @@ class Parking:
     """A thread that writes one conversation after the other; each method may be called from any thread.
 
     done: takes a conversation when it is written, or cannot be for now: its pages need not hold it any more;
-    and whether it is written.
+    and whether it is written. lost: how many could not be written, and will not be tried again; failure: why the last.
     """
 
     def __init__(self, snapshots: Snapshots, tier: StoreTier, done: Callable[[Parked, bool], None]) -> None:
@@ -33,6 +33,7 @@ class Parking:
         self._queue: deque[Parked | str] = deque()
         self._later: deque[Parked | str] = deque(maxlen=_LATER)
         self._busy = self._closed = False
+        self.lost, self.failure = 0, ""
         threading.Thread(target=self._run, name="cache-park", daemon=True).start()
 
     def park(self, parked: Parked) -> None:
@@ -51,13 +52,19 @@ class Parking:
         """Remove one that was erased (`Conversation.stored`)."""
         self._put(name)
 
-    def flush(self, deadline: float) -> None:
-        """Wait until all is done or cannot be done now, at most until `time.monotonic()` is `deadline`."""
+    def flush(self, deadline: float) -> int:
+        """Wait until all is done or cannot be done, at most until `time.monotonic()` is `deadline`.
+
+        A store that did not work is tried once more. Returns how many conversations are not written yet.
+        """
         with self._changed:
+            self._tier.writing.try_now()
+            self._changed.notify_all()
             self._changed.wait_for(
                 lambda: not self._queue and not self._busy and (not self._later or self._tier.writing.seconds_to_wait),
                 max(0.0, deadline - time.monotonic()),
             )
+            return self._busy + sum(isinstance(job, Parked) for job in (*self._queue, *self._later))
 
     def close(self) -> None:
         """Stop the thread."""
@@ -75,10 +82,9 @@ class Parking:
             written = False
             try:
                 written = self._do(job)
-            except NumoeError as error:
-                logger.warning("%s", error)
-            except Exception:  # the next one may work
-                logger.exception("a conversation could not be kept")
+            except Exception as error:  # the next one may work
+                logger.warning("a conversation could not be kept", exc_info=not isinstance(error, NumoeError))
+                self.lost, self.failure = self.lost + isinstance(job, Parked), str(error)
             finally:
                 if isinstance(job, Parked):
                     self._done(job, written)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -144,6 +145,7 @@ def test_conversations_survive_a_restart_on_other_shards(tiny_model: Path, place
             assert len(answer(client, OTHER[::-1], slot_id=2).token_ids) == 16
             with pytest.raises(UnavailableError):
                 save(client, 2, "lost")
+            place.server.run()  # once more before the end: what slots hold is saved then
 
 
 def test_an_idle_conversation_survives_a_kill_of_everything(tiny_model: Path, tmp_path: Path) -> None:
@@ -190,6 +192,18 @@ def kept(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     folder = tmp_path_factory.mktemp("kept")
     with serving(tiny_model, "--store", folder, "--no-resume", "--keep", 10) as (server, client):
         yield server, client, open_store(folder)
+
+
+def test_what_cannot_be_saved_at_the_stop_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    server = ServeProcess(tiny_model, "--store", store)
+    server.generate("a story", "--max-tokens", 20, "--temperature", 0)
+    shutil.rmtree(store)
+    store.touch()  # there is no folder any more, and none can be made
+    code, errors = server.stop()
+    assert code == 1
+    assert f"numoe: of the slots' conversations 1 could not be saved: store {store}: " in errors
+    assert server.left_over() == []
 
 
 def test_a_busy_slot_is_refused_or_waited_for(kept: tuple[ServeProcess, Client, Store]) -> None:
