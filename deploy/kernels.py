@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+from numoe.engine.cpu.isa import cache_root
 from numoe.engine.errors import NumoeError
 from numoe.engine.gguf import GgufFile
 from numoe.engine.kernels import compiled, needed_kernels, record_compiled
@@ -38,7 +39,11 @@ class KernelBuild:
                 on_done(line.strip())
             errors = process.stderr.read()
             if process.wait() != 0:
-                raise NumoeError(f"the kernels could not be compiled: {(errors.strip() or 'killed').splitlines()[-1]}")
+                why = (errors.strip() or "killed").splitlines()[-1]
+                raise NumoeError(
+                    f"the kernels could not be compiled: {why} (they are kept in {cache_root()}; XDG_CACHE_HOME "
+                    "names another folder)"
+                )
         if self.missing:
             record_compiled(self.missing)
 

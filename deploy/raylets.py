@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import psutil
 
-PRIVATE_TEMP = f"{tempfile.gettempdir()}/numoe-ray-{os.getuid()}"
+_PRIVATE_NAME = "numoe-ray-"
+PRIVATE_TEMP = f"{tempfile.gettempdir()}/{_PRIVATE_NAME}{os.getuid()}"
 """Folder of the Rays that numoe starts for itself, each in a folder of its own there."""
 _ANSWERS_WITHIN_S = 2.0
 
@@ -26,8 +27,8 @@ class Raylet:
 
     @property
     def private(self) -> bool:
-        """Whether a numoe started it for itself, so that it goes when that one does."""
-        return self.folder.startswith(PRIVATE_TEMP)
+        """Whether a numoe, of any user, started it for itself, so that it goes when that one does."""
+        return re.search(rf"/{_PRIVATE_NAME}\d+(/|$)", self.folder) is not None
 
     @property
     def may_be_joined(self) -> bool:

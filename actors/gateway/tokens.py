@@ -42,7 +42,10 @@ class TokenFile:
                 self._read()
             except NumoeError as error:
                 logger.warning("nobody is let in: %s", error)
-                raise UnavailableError("this server's token file cannot be used; its log says why") from None
+                raise UnavailableError(
+                    "this server's token file cannot be used: let its owner see that it is there, has a token, and "
+                    "that nobody else may read it (chmod 600)"
+                ) from None
         given, found = sha256(token).digest(), False
         for digest in self._digests:
             found |= hmac.compare_digest(digest, given)

@@ -210,4 +210,7 @@ def _logit_bias(
                 f"sampling.logit_bias[{token_id}]", f"is {value:g}; give a finite number or -Infinity"
             )
             break
-    return tuple(sorted((bias | dict.fromkeys(banned_ids, -math.inf)).items()))
+    bias |= dict.fromkeys(banned_ids, -math.inf)
+    if sum(value == -math.inf for value in bias.values()) >= context.model.vocab_size:
+        violations.add("sampling.logit_bias", "bans every token of the vocabulary; leave one to choose")
+    return tuple(sorted(bias.items()))

@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from numoe.deploy.commands.caching import NO_FLAGS, Caching
 from numoe.deploy.commands.placement import ANYWHERE, Placement
 from numoe.deploy.commands.security import LOOPBACK, Listening
+from numoe.deploy.commands.weights import stale_slices
 from numoe.deploy.console import one_line_errors
 from numoe.deploy.signals import StopSignals
 from numoe.engine.errors import UnavailableError
@@ -79,6 +80,13 @@ def _serve(signals: StopSignals, model: str, endpoint: Endpoint, options: PlanOp
         print(f"numoe serves {server.plan.model} at {server.address} (Ctrl-C stops it)", flush=True)
         if endpoint.insecure and not endpoint.is_protected:
             print(f"numoe: whoever reaches {server.address} may use and stop this server", file=sys.stderr)
+        if stale := stale_slices():
+            size = sum(found.nbytes for found in stale) / 1e9
+            print(
+                f"numoe: {size:.2f} GB of weights in shared memory can serve nobody any more, as their files or numoe "
+                "have changed: `numoe weights rm --stale` removes them",
+                file=sys.stderr,
+            )
         with suppress(UnavailableError):  # it is seen to below
             for problem in server.problems():
                 print(f"numoe: {problem}", file=sys.stderr)

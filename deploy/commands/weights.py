@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 from numoe.deploy.console import count, one_line_errors, result_console
-from numoe.engine.errors import DataLossError, InputError, NotFoundError, ResourceError
+from numoe.engine.errors import DataLossError, InputError, NotFoundError, NumoeError, ResourceError
 
 if TYPE_CHECKING:
     from numoe.engine.weights import StoredSlice
@@ -47,8 +47,10 @@ def list_(*, json_output: JsonOutput = False) -> int:
 
 @weights.command
 def rm(
-    names: Names = (), /, *, every: Annotated[bool, Parameter(name="--all", negative=())] = False
-) -> int:
+    names: Names = (), /, *,
+    every: Annotated[bool, Parameter(name="--all", negative=())] = False,
+    stale: Annotated[bool, Parameter(negative=())] = False,
+) -> int:  # fmt: skip
     """Remove weights that no server uses.
 
     Parameters
@@ -57,14 +59,16 @@ def rm(
         Fingerprints, or their beginnings, as `numoe weights list` shows them, or the models' files.
     every
         Remove the weights of all models.
+    stale
+        Remove what can serve nobody any more, as its file is gone or has changed since.
 
     """
     with one_line_errors():
         from numoe.engine.weights import remove_slice
 
-        if every == bool(names):
-            raise InputError("give the fingerprints that `numoe weights list` shows, or --all")
-        chosen = _chosen(names)
+        if every + stale + bool(names) != 1:
+            raise InputError("give the fingerprints that `numoe weights list` shows, or --stale, or --all")
+        chosen = stale_slices() if stale else _chosen(names)
         kept = [found for found in chosen if not remove_slice(found.path)]
         removed = sum(found.nbytes for found in chosen) - sum(found.nbytes for found in kept)
         in_use = f"; {len(kept)} in use" if kept else ""
@@ -125,6 +129,27 @@ def _chosen(names: Sequence[str]) -> list[StoredSlice]:
     return chosen
 
 
+def stale_slices() -> list[StoredSlice]:
+    """The slices in shared memory that no server uses or can use."""
+    from numoe.engine.weights import stored_slices
+
+    return [found for found in stored_slices() if not found.in_use and (not found.current or _changed(found))]
+
+
+def _changed(found: StoredSlice) -> str:
+    """What has happened to the file of a slice since, empty if nothing has."""
+    from numoe.engine.weights import source_fingerprint
+
+    if found.header is None:
+        return ""
+    try:
+        if source_fingerprint(_files(found.header.model)) == found.fingerprint:
+            return ""
+    except (NumoeError, OSError):
+        pass
+    return "its file has changed" if Path(found.header.model).exists() else "its file is gone"
+
+
 def _files(model: str) -> Sequence[Path]:
     from numoe.engine.gguf import GgufFile
 
@@ -154,6 +179,8 @@ def _row(found: StoredSlice) -> dict[str, Any]:
         state = "loading" if found.in_use else "incomplete"
     elif not found.current:
         state += ", of another version of numoe"
+    elif changed := _changed(found):
+        state += f", stale: {changed}"
     return {
         "fingerprint": found.fingerprint,
         "slice": _name(found),
@@ -172,8 +199,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("fingerprint", "slice", "GB", "nodes", "memory", "state", "loaded, GB/s", "model"):
-        justify: Literal["left", "right"] = "right" if name in ("GB", "loaded, GB/s") else "left"
+    for name in ("fingerprint", "slice", "GB", "nodes", "memory", "state", "load, GB/s", "model"):
+        justify: Literal["left", "right"] = "right" if name in ("GB", "load, GB/s") else "left"
         table.add_column(name, justify=justify, overflow="fold", no_wrap=name in ("fingerprint", "slice"))
     for row in rows:
         speed = f"{row['read_bytes'] / row['seconds'] / 1e9:.2f}" if row["seconds"] else "-"

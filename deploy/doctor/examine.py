@@ -81,7 +81,7 @@ def _plan(path: str | None) -> tuple[Plan | None, Check]:
         with place_model(path, PlanOptions()) as (_, _, plan):
             pass
     except (NumoeError, OSError) as refused:
-        return None, error("model", str(refused), "give the first part of a whole GGUF file", path=path)
+        return None, error("model", str(refused), "give a whole GGUF file; of a split model any part", path=path)
     values = {
         "path": plan.model,
         "shared_bytes": plan.shared_bytes,

@@ -15,9 +15,10 @@ from typing import Any
 import psutil
 
 from numoe.actors.gateway.listen import ListenAddress, parse_listen, require_free
+from numoe.cluster.endpoint import is_loopback
 from numoe.deploy.commands.caching import NO_STORE, default_store
 from numoe.deploy.doctor.check import Check, error, gb, ok, warning
-from numoe.deploy.raylets import Raylet, find_raylets, head_answers
+from numoe.deploy.raylets import PRIVATE_TEMP, Raylet, find_raylets, head_answers
 from numoe.engine.cpu.isa import cache_root, spare_kernels
 from numoe.engine.errors import AccessError, InputError, NumoeError, ResourceError
 from numoe.engine.store import open_store
@@ -25,6 +26,7 @@ from numoe.engine.store import open_store
 _STORE_ANSWERS_WITHIN_S = 10.0
 _LEAST_FREE = 1 << 30
 _PROBE = b"numoe doctor"
+_OTHER_PORT = "end it, or choose another address with --listen"
 
 
 def check_ray(raylets: Sequence[Raylet] | None = None) -> Check:
@@ -34,7 +36,8 @@ def check_ray(raylets: Sequence[Raylet] | None = None) -> Check:
     shared = [raylet.gcs_address for raylet in raylets if raylet.may_be_joined]
     private = sum(raylet.private for raylet in raylets)
     headless = sorted({raylet.gcs_address for raylet in raylets if not raylet.private} - set(shared))
-    free = shutil.disk_usage(tempfile.gettempdir()).free
+    folder = PRIVATE_TEMP if Path(PRIVATE_TEMP).is_dir() else tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
     values = {"version": _version("ray"), "address": wanted or next(iter(shared), None), "own": private}
     if values["version"] is None:
         return error("ray", "not installed", "pip install ray", **values)
@@ -52,7 +55,7 @@ def check_ray(raylets: Sequence[Raylet] | None = None) -> Check:
         return warning("ray", text, "`ray stop`, or wait a minute: Ray ends it by itself", **values)
     if free < _LEAST_FREE:
         cure = "free some, or set TMPDIR to a folder with more"
-        return warning("ray", f"{text}; {tempfile.gettempdir()} has {gb(free)} left for its logs", cure, **values)
+        return warning("ray", f"{text}; {folder} has {gb(free)} left for its logs", cure, **values)
     return ok("ray", text, **values)
 
 
@@ -70,18 +73,20 @@ def check_port(listen: str) -> Check:
         address = parse_listen(listen)
         require_free(address)
     except InputError as refused:
-        return error("port", str(refused), "give an address of this host with --listen", **values)
-    except ResourceError as refused:
+        return error("port", str(refused), "give another address with --listen", **values)
+    except ResourceError:
         holder = _holder(address)
         if holder is None:
-            return error("port", str(refused), "`numoe stop`, or choose another with --listen", **values)
+            return error("port", f"{address} is held by a process that cannot be seen", _OTHER_PORT, **values)
         command = " ".join(holder.cmdline()) or holder.name()
         values |= {"held_by": holder.pid, "numoe": "GatewayActor" in command}
         if values["numoe"]:
             return ok("port", f"{address}: a numoe server listens (process {holder.pid})", **values)
         text = f"{address} is held by process {holder.pid} ({command[:60]})"
-        return error("port", text, "end it, or choose another with --listen", **values)
-    return ok("port", f"{address} is free", **values)
+        return error("port", text, _OTHER_PORT, **values)
+    if address.path or is_loopback(address.host):
+        return ok("port", f"{address} is free", **values)
+    return ok("port", f"{address} is free; others reach it: `numoe serve` wants TLS and a token there", **values)
 
 
 def _holder(address: ListenAddress) -> psutil.Process | None:
@@ -118,6 +123,8 @@ def check_store(url: str | None = None, **options: Any) -> Check:
     except AccessError as refused:
         cure = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or GOOGLE_…, AZURE_…), or the folder's owner"
         return error("store", str(refused), cure, **values)
+    except ResourceError as refused:
+        return error("store", str(refused), "make room, or name another store with --store", **values)
     except NumoeError as refused:
         return error("store", str(refused), "see the URL, AWS_ENDPOINT_URL, and whether this host reaches it", **values)
     values["milliseconds"] = round(1e3 * (time.perf_counter() - began), 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -58,6 +59,29 @@ def test_kept_weights_are_attached_to_by_the_next_server_and_freed_by_its_stop(m
     assert numoe("stop", "--address", second.address).returncode == 0
     assert second.stop()[0] == 0
     assert second.left_over() == []
+
+
+def test_weights_whose_file_has_changed_are_named_and_removed(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "changed.gguf"
+    path.write_bytes(model.read_bytes())
+    assert ServeProcess(path, "--keep-weights").stop()[0] == 0
+    assert {entry["state"] for entry in slices(path)} == {"kept"}
+    os.utime(path)
+    assert {entry["state"] for entry in slices(path)} == {"kept, stale: its file has changed"}
+    with path.open("r+b") as file:
+        file.truncate(100)
+    assert {entry["state"] for entry in slices(path)} == {"kept, stale: its file has changed"}
+    path.unlink()
+    assert {entry["state"] for entry in slices(path)} == {"kept, stale: its file is gone"}
+    server = ServeProcess(model)
+    used = slices(model)
+    assert numoe("weights", "rm", "--stale").returncode == 0
+    assert slices(path) == []
+    assert slices(model) == used
+    code, errors = server.stop()
+    assert code == 0
+    assert re.search(r"GB of weights in shared memory can serve nobody any more, .*`numoe weights rm --stale`", errors)
+    assert server.left_over() == []
 
 
 def test_servers_of_one_model_share_its_weights(model: Path) -> None:
