@@ -66,6 +66,8 @@ class Assembly:
             member.actor, member.handle = self._placing.spawn(member.role, member.index)
         for member in self.members:
             self._identify(member)
+        for gateway in self.of("gateway"):
+            self._open(gateway)
         worker = self.of("attention")[0]
         get(worker.handle.open_mailbox.remote(create=True))
         self._load(worker)
@@ -176,6 +178,8 @@ class Assembly:
             get(member.handle.attach_experts.remote())
         elif member.role == "expert":
             get(member.handle.initialize.remote(member.index))
+        else:
+            self._open(member)
         self._serve(member)
 
     def _identify(self, member: Member) -> None:
@@ -184,16 +188,18 @@ class Assembly:
         member.pid, member.host = who.pid, who.host
         self.save()
 
+    def _open(self, gateway: Member) -> None:
+        """Have a gateway listen: it tells how things are, and refuses requests until it serves."""
+        assert self._endpoint is not None
+        endpoint = replace(self._endpoint, listen=self.address or self._endpoint.listen)
+        supervisor = ray.get_actor(self._supervisor)
+        self.address = get(gateway.handle.initialize.remote(endpoint, supervisor))
+
     def _serve(self, member: Member) -> None:
         """Have a member that is initialized do its work, for each other and for clients.
 
         Its `run` comes last: once that is known its end is seen to, which must not happen while it is coming up.
         """
-        if member.role == "gateway":
-            assert self._endpoint is not None
-            endpoint = replace(self._endpoint, listen=self.address or self._endpoint.listen)
-            supervisor = ray.get_actor(self._supervisor)
-            self.address = get(member.handle.initialize.remote(endpoint, supervisor))
         run = self._run(member) if member.role == "expert" or self._endpoint is not None else None
         member.came_up()
         self.join()

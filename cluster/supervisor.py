@@ -32,7 +32,7 @@ from numoe.cluster.signals import die_of_sigterm
 from numoe.cluster.status import SAVE_S, ActorInfo, ActorPlacement, ActorState, LoadProgress
 from numoe.cluster.topology import Topology
 from numoe.engine import shm
-from numoe.engine.errors import InputError
+from numoe.engine.errors import InputError, UnavailableError
 from numoe.engine.weights import free_weights, sweep_incomplete
 
 __all__ = ["NAMESPACE", "ActorClasses", "Supervisor"]
@@ -85,11 +85,14 @@ class Supervisor:
     def launch(self) -> str:
         """Place and start all actors; the gateway's address, empty without a gateway.
 
-        Raises the first actor's error; everything is taken down again then.
+        Raises the first actor's error, and UnavailableError if it is told to stop meanwhile; everything is taken down
+        again then.
         """
         try:
             self._assembly.launch()
         except Exception as error:
+            if self._stopping.locked():
+                raise UnavailableError("the server was told to stop while it started") from None
             self._take_down(str(error))
             raise
         threading.Thread(target=self._watch, name="numoe-watch", daemon=True).start()

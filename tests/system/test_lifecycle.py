@@ -17,9 +17,13 @@ import numpy as np
 import psutil
 import pytest
 
+from numoe.deploy.client import Client
+from numoe.engine.errors import UnavailableError
 from numoe.engine.gguf import GgufFile
 from numoe.engine.models.reference import reference_logits
+from numoe.v1 import admin_pb2
 from tests.models import make_model
+from tests.s3 import free_ports
 from tests.system.harness import NUMOE, ServeProcess, numoe
 from tests.system.streams import Streams, varied
 
@@ -86,6 +90,37 @@ def test_a_signal_while_starting_undoes_what_has_begun(tiny_model: Path) -> None
     assert process.returncode == 0, errors
     _, left = psutil.wait_procs(children, timeout=10)
     assert not [child for child in left if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_server_that_loads_says_so_and_can_be_stopped(tiny_model: Path) -> None:
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    command = [NUMOE, "serve", str(tiny_model), "--listen", address, "--store", "none"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    status = first_status(address)
+    children = psutil.Process(process.pid).children(recursive=True)
+    expert = next(actor.pid for actor in status.actors if actor.role == admin_pb2.ACTOR_ROLE_EXPERT)
+    os.kill(expert, signal.SIGSTOP)  # it loads for as long as it takes
+    with Client(address) as client:
+        assert client.status().state == admin_pb2.SERVER_STATE_STARTING
+        with pytest.raises(UnavailableError, match="the model is loading; try again"):
+            list(client.generate(varied(0)))
+    result = numoe("stop", "--address", address)
+    assert result.returncode == 0, result.stderr
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (1, "")
+    assert "numoe: the server was told to stop while it started" in errors
+    _, left = psutil.wait_procs(children, timeout=10)
+    assert not [child for child in left if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def first_status(address: str) -> admin_pb2.GetStatusResponse:
+    """What a server says of itself as soon as it says anything."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        with contextlib.suppress(UnavailableError), Client(address) as client:
+            return client.status()
+        time.sleep(0.02)
+    raise AssertionError("nobody listens")
 
 
 @pytest.fixture(scope="module")

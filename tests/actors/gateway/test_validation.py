@@ -67,6 +67,10 @@ async def test_a_prompt_that_fills_the_context_leaves_no_room_for_a_token() -> N
         ({"sampling": pb.SamplingOptions(logit_bias={VOCAB_SIZE: 1.0})}, "sampling.logit_bias[0]"),
         ({"sampling": pb.SamplingOptions(logit_bias={3: math.inf})}, "sampling.logit_bias[3]"),
         ({"sampling": pb.SamplingOptions(logit_bias={3: math.nan})}, "sampling.logit_bias[3]"),
+        (
+            {"sampling": pb.SamplingOptions(logit_bias=dict.fromkeys(range(VOCAB_SIZE), -math.inf))},
+            "sampling.logit_bias",
+        ),
         ({"stopping": pb.StopOptions(max_tokens=0)}, "stopping.max_tokens"),
         ({"stopping": pb.StopOptions(strings=[""])}, "stopping.strings[0]"),
         ({"stopping": pb.StopOptions(strings=["a" * 1025])}, "stopping.strings[0]"),

@@ -34,8 +34,10 @@ def test_no_cluster() -> None:
 
 def test_a_cluster_that_runs_is_joined_and_those_of_other_servers_are_not(listener: int) -> None:
     head = f"127.0.0.1:{listener}"
-    found = check_ray([Raylet(1, head, f"{PRIVATE_TEMP}/9"), Raylet(2, head, "/tmp/ray")])
-    assert (found.state, found.values["address"], found.values["own"]) == ("ok", head, 1)
+    others = [Raylet(1, head, f"{PRIVATE_TEMP}/9"), Raylet(3, head, "/tmp/numoe-ray-54321/8")]
+    found = check_ray([*others, Raylet(2, head, "/tmp/ray")])
+    assert (found.state, found.values["address"], found.values["own"]) == ("ok", head, 2)
+    assert check_ray(others).values["address"] is None
 
 
 def test_a_cluster_whose_head_has_died_is_not_joined() -> None:
