@@ -67,6 +67,11 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True):
             return None
         return None if found is None else msgspec.msgpack.decode(found, type=cls)
 
+    @property
+    def processes(self) -> list[tuple[int, str]]:
+        """Process id and host of everybody, the supervisor first."""
+        return [(self.pid, self.host), *((member.pid, member.host) for member in self.members)]
+
     def save(self, folder: Path) -> None:
         """Write it to the server's folder, also where shared memory is full."""
         rewrite(folder / _FILE, msgspec.msgpack.encode(self))
@@ -184,6 +189,16 @@ def end_processes(pids: Iterable[int]) -> None:
 def is_local(pid: int, host: str) -> bool:
     """Whether a process is on this host, and known."""
     return pid > 0 and host == socket.gethostname()
+
+
+def lives(pid: int, host: str) -> bool:
+    """Whether a process has not ended, or is of another host, of which nobody here can tell."""
+    if not is_local(pid, host):
+        return pid > 0
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def is_stopped(pid: int, host: str) -> bool:

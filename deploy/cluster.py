@@ -24,7 +24,7 @@ from numoe.actors.gateway.actor import GatewayActor
 from numoe.cluster.calls import first_line, get
 from numoe.cluster.endpoint import Endpoint
 from numoe.cluster.heartbeats import Pulse
-from numoe.cluster.member import Replaced, ServerRecord, end_processes, is_local, is_stopped
+from numoe.cluster.member import Replaced, ServerRecord, end_processes, is_local, is_stopped, lives
 from numoe.cluster.placing import NAMESPACE, ActorClasses, kill_actors
 from numoe.cluster.plan import Plan
 from numoe.cluster.status import TAKE_DOWN_S, LoadProgress
@@ -43,6 +43,7 @@ _OWNER_VARIABLE = "NUMOE_RAY_OWNER"
 _OBJECT_STORE_BYTES = 128 << 20  # Ray's default is 30 % of memory, and lies where the weights lie
 _CLOSING_HEAD_S = 3.0  # of silence: a head that was started here is not started again
 _LOOK_S = 0.5
+_ANSWER_S = 5.0
 _RESTART_S = 30.0  # in which Ray has restarted a supervisor
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -206,16 +207,18 @@ class Server:
                 pulse = Pulse(self.supervisor)
         return ""
 
-    def _ask(self, method: str, *args: Any) -> Any:
-        """What the supervisor answers, again and again while Ray restarts it."""
-        until = time.monotonic() + _RESTART_S
-        while True:
-            try:
-                return get(getattr(self.supervisor, method).remote(*args), restarts=True)
-            except ActorUnavailableError as error:
-                if time.monotonic() > until:
-                    raise UnavailableError(f"the supervisor does not come back: {first_line(error)}") from error
-                time.sleep(_LOOK_S)
+    def _ask(self, method: str, *args: Any, patience_s: float = _RESTART_S) -> Any:
+        """What the supervisor answers, asked again and again while Ray restarts it."""
+        until, why = time.monotonic() + patience_s, "it does not answer"
+        while (left := until - time.monotonic()) > 0:
+            answer = getattr(self.supervisor, method).remote(*args)
+            if ray.wait([answer], timeout=min(left, _ANSWER_S))[0]:
+                try:
+                    return get(answer, restarts=True)
+                except ActorUnavailableError as error:
+                    why = first_line(error)
+                    time.sleep(_LOOK_S)
+        raise UnavailableError(f"the supervisor does not come back: {why}")
 
     def worker(self) -> Any:
         """The attention worker's handle."""
@@ -223,7 +226,7 @@ class Server:
 
     def problems(self) -> list[str]:
         """What is wrong with where weights lie."""
-        placements = (actor.placement for actor in self._ask("actors"))
+        placements = (actor.placement for actor in self._ask("actors", patience_s=_ANSWER_S))
         return [placement.problem for placement in placements if placement is not None and placement.problem]
 
     def close(self, drain_s: float = 0.0) -> str:
@@ -253,19 +256,24 @@ class Server:
         return os.environ.get(_OWNER_VARIABLE) == _OWN_TEMP_DIR
 
     def _leave_with_ray(self, closed: threading.Event) -> None:
-        """Clean up and end this process if Ray ends before the server is `closed`."""
+        """Clean up and end this process if Ray ends before the server is `closed`, or all of the server's processes."""
         while not closed.wait(_LOOK_S):
-            if why := self._head.why_lost(_CLOSING_HEAD_S if self._is_ray_ours else None):
+            why = self._head.why_lost(_CLOSING_HEAD_S if self._is_ray_ours else None)
+            if why or self._is_dead():
                 self.end_processes()
-                leave_ray(f"{why}: the server was ended without its help")
+                leave_ray(f"{why or 'all processes have ended'}: the server was ended without Ray's help")
+
+    def _is_dead(self) -> bool:
+        """Whether none of the server's processes is there any more, all of which were on this host."""
+        record = ServerRecord.load(shm.ROOT / self.instance)
+        return record is not None and not any(lives(pid, host) for pid, host in record.processes)
 
     def end_processes(self) -> None:
         """End the server's processes on this host without Ray's help, and free their memory."""
         record = ServerRecord.load(shm.ROOT / self.instance)
         if record is not None:
             self._keep_weights |= record.keep_weights  # `numoe stop --keep-weights` has told the supervisor
-            everyone = [(record.pid, record.host), *((member.pid, member.host) for member in record.members)]
-            end_processes(pid for pid, host in everyone if is_local(pid, host))
+            end_processes(pid for pid, host in record.processes if is_local(pid, host))
         self._remove_memory()
 
     def _remove_memory(self) -> None:

@@ -96,17 +96,21 @@ def test_a_server_that_loads_says_so_and_can_be_stopped(tiny_model: Path) -> Non
     address = f"127.0.0.1:{free_ports(1)[0]}"
     command = [NUMOE, "serve", str(tiny_model), "--listen", address, "--store", "none"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    status = first_status(address)
-    children = psutil.Process(process.pid).children(recursive=True)
-    expert = next(actor.pid for actor in status.actors if actor.role == admin_pb2.ACTOR_ROLE_EXPERT)
-    os.kill(expert, signal.SIGSTOP)  # it loads for as long as it takes
-    with Client(address) as client:
-        assert client.status().state == admin_pb2.SERVER_STATE_STARTING
-        with pytest.raises(UnavailableError, match="the model is loading; try again"):
-            list(client.generate(varied(0)))
-    result = numoe("stop", "--address", address)
-    assert result.returncode == 0, result.stderr
-    output, errors = process.communicate(timeout=60)
+    try:
+        status = first_status(address)
+        expert = next(actor.pid for actor in status.actors if actor.role == admin_pb2.ACTOR_ROLE_EXPERT)
+        os.kill(expert, signal.SIGSTOP)  # it loads for as long as it takes
+        children = psutil.Process(process.pid).children(recursive=True)
+        with Client(address) as client:
+            assert client.status().state == admin_pb2.SERVER_STATE_STARTING
+            with pytest.raises(UnavailableError, match="the model is loading; try again"):
+                list(client.generate(varied(0)))
+        result = numoe("stop", "--address", address)
+        assert result.returncode == 0, result.stderr
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.terminate()
+        process.wait(60)
     assert (process.returncode, output) == (1, "")
     assert "numoe: the server was told to stop while it started" in errors
     _, left = psutil.wait_procs(children, timeout=10)
