@@ -1,6 +1,7 @@
 """How a server's actors come up and are joined, at its start and when one is replaced.
 
-A worker is told: open_mailbox, initialize, attach_experts. A shard: initialize. A gateway: initialize, serve. All: run.
+A worker is told: open_mailbox, initialize, attach_experts. A shard: initialize. A gateway: initialize, before
+anything is loaded, so that it can be asked how things are, and serve at last. All: run.
 Worker and gateway are joined: worker.connect(gateway), gateway.attach(worker), worker.settle. To another supervisor's
 keeper a worker hands what shall outlive it: hand_over.
 """

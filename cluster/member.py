@@ -24,7 +24,7 @@ Phase = Literal["launching", "running", "draining", "stopping"]
 
 
 class MemberRecord(msgspec.Struct, frozen=True):
-    """What is remembered of a member, as there; `actor` is its name in Ray."""
+    """What is remembered of a `Member`; `actor` is its name in Ray."""
 
     role: ActorRole
     name: str
@@ -189,16 +189,6 @@ def end_processes(pids: Iterable[int]) -> None:
 def is_local(pid: int, host: str) -> bool:
     """Whether a process is on this host, and known."""
     return pid > 0 and host == socket.gethostname()
-
-
-def lives(pid: int, host: str) -> bool:
-    """Whether a process has not ended, or is of another host, of which nobody here can tell."""
-    if not is_local(pid, host):
-        return pid > 0
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def is_stopped(pid: int, host: str) -> bool:

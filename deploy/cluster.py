@@ -24,7 +24,7 @@ from numoe.actors.gateway.actor import GatewayActor
 from numoe.cluster.calls import first_line, get
 from numoe.cluster.endpoint import Endpoint
 from numoe.cluster.heartbeats import Pulse
-from numoe.cluster.member import Replaced, ServerRecord, end_processes, is_local, is_stopped, lives
+from numoe.cluster.member import Replaced, ServerRecord, end_processes, is_local, is_stopped
 from numoe.cluster.placing import NAMESPACE, ActorClasses, kill_actors
 from numoe.cluster.plan import Plan
 from numoe.cluster.status import TAKE_DOWN_S, LoadProgress
@@ -256,17 +256,11 @@ class Server:
         return os.environ.get(_OWNER_VARIABLE) == _OWN_TEMP_DIR
 
     def _leave_with_ray(self, closed: threading.Event) -> None:
-        """Clean up and end this process if Ray ends before the server is `closed`, or all of the server's processes."""
+        """Clean up and end this process if Ray ends before the server is `closed`."""
         while not closed.wait(_LOOK_S):
-            why = self._head.why_lost(_CLOSING_HEAD_S if self._is_ray_ours else None)
-            if why or self._is_dead():
+            if why := self._head.why_lost(_CLOSING_HEAD_S if self._is_ray_ours else None):
                 self.end_processes()
-                leave_ray(f"{why or 'all processes have ended'}: the server was ended without Ray's help")
-
-    def _is_dead(self) -> bool:
-        """Whether none of the server's processes is there any more, all of which were on this host."""
-        record = ServerRecord.load(shm.ROOT / self.instance)
-        return record is not None and not any(lives(pid, host) for pid, host in record.processes)
+                leave_ray(f"{why}: the server was ended without its help")
 
     def end_processes(self) -> None:
         """End the server's processes on this host without Ray's help, and free their memory."""

@@ -60,7 +60,7 @@ def rm(
     every
         Remove the weights of all models.
     stale
-        Remove what can serve nobody any more, as its file is gone or has changed since.
+        Remove what can serve nobody any more, as its file is gone or has changed since, or numoe has.
 
     """
     with one_line_errors():

@@ -68,6 +68,17 @@ def test_a_full_disk_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "XDG_CACHE_HOME" in check_cache().cure
 
 
+def test_the_folder_of_rays_logs_is_looked_at_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(services, "_LEAST_FREE", 1 << 60)
+    monkeypatch.setattr(services, "PRIVATE_TEMP", str(tmp_path))
+    assert f"{tmp_path} has" in check_ray([]).text
+
+
+def test_an_address_that_others_reach_needs_protection() -> None:
+    assert "wants TLS and a token" in check_port("0.0.0.0:0").text
+    assert "TLS" not in check_port("127.0.0.1:0").text
+
+
 def test_a_free_port(listener: int) -> None:
     found = check_port("127.0.0.1:0")
     assert (found.state, found.values) == ("ok", {"address": "127.0.0.1:0", "held_by": None, "numoe": False})
